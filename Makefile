@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later; both install into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test format lock clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: .venv/.installed  ## make .venv and install syncbn with what its tests need
+
+# The stamp comes last, so that an installation that was cut short is taken up again.
+.venv/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## train on 2 processes, serve the model, query it
+	$(BIN)/python scripts/demo.py
+
+test: install  ## lint, format check, types, import directions, tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: install  ## format the code and mend what the linter can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock: install  ## write the installed versions to .ci/constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable > .ci/constraints.txt
+
+clean:  ## remove .venv and what tools left behind; runs/ stays
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache

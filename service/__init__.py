@@ -1,0 +1,1 @@
+"""The inference service: trained bundles over the Open Inference Protocol, version 2."""

@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out: each module is the router of one part of the protocol."""

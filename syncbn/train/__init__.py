@@ -1,0 +1,1 @@
+"""The training service: jobs described by Hydra configs and started by torchrun."""
