@@ -259,8 +259,8 @@ def _build(description: Description, state: dict[str, Tensor]) -> nn.Module:
     ):
         if keys:
             raise BundleError(f"the state {problem} tensors {', '.join(sorted(keys))}")
-    for key, value in state.items():
-        wanted = expected[key]
+    for key, wanted in expected.items():
+        value = state[key]
         if value.shape != wanted.shape or value.dtype != wanted.dtype:
             raise BundleError(
                 f"tensor {key!r} should be {wanted.dtype} of shape {tuple(wanted.shape)}, "

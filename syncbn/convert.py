@@ -34,9 +34,9 @@ def convert_sync_batchnorm(
             type(child) in _CONVERTED or isinstance(child, SyncBatchNorm)
         ):
             raise ConversionError(
-                f"cannot convert {name or 'the module'!r}: {type(child).__name__} is not one of "
+                f"cannot convert {name!r}: {type(child).__name__} is not one of "
                 f"{', '.join(cls.__name__ for cls in _CONVERTED)}, and replacing it would drop "
-                "what it does beyond them; replace it yourself, or run a batch through a lazy one first"
+                "what it does beyond them; replace it yourself, or, if lazy, pass a batch first"
             )
     return _convert(module, process_group, {})
 

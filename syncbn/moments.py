@@ -80,4 +80,5 @@ def from_summable(vector: Tensor, shift: Tensor | None = None) -> Moments:
     count, first, second = vector[0], vector[1 : channels + 1], vector[channels + 1 :]
     offset = first / count.clamp(min=1)
     m2 = (second - first * offset).clamp(min=0)
-    return Moments(count, offset if shift is None else offset + shift, m2)
+    mean = offset if shift is None else torch.where(count > 0, offset + shift, offset)
+    return Moments(count, mean, m2)

@@ -84,7 +84,9 @@ def training_batches(
     return DataLoader(dataset.train, batch_size, sampler=sampler, drop_last=True)
 
 
-def test_share(dataset: Dataset, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def held_out_share(
+    dataset: Dataset, rank: int, world_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return one replica's samples and labels of the test data; the shares of all make it up."""
     samples, labels = dataset.test.tensors
     return samples[rank::world_size], labels[rank::world_size]

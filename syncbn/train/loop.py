@@ -27,7 +27,7 @@ from syncbn.errors import TrainingError
 from syncbn.models import build_model
 from syncbn.train.checkpoint import Checkpoint, share_checkpoint, write_checkpoint
 from syncbn.train.config import LocalNormConfig, SyncNormConfig, TrainConfig, config_sha256
-from syncbn.train.data import DATASETS, Dataset, test_share, training_batches
+from syncbn.train.data import DATASETS, Dataset, held_out_share, training_batches
 from syncbn.train.optim import make_optimizer, make_schedule
 from syncbn.train.run_directory import RunDirectory
 from syncbn.train.tracking import NoTracker, start_tracker
@@ -144,7 +144,7 @@ def evaluate(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[
     for buffer in model.buffers():
         dist.broadcast(buffer, src=0)
     model.eval()
-    samples, labels = test_share(dataset, dist.get_rank(), dist.get_world_size())
+    samples, labels = held_out_share(dataset, dist.get_rank(), dist.get_world_size())
     labels = labels.to(device)
     with torch.inference_mode():
         logits: Tensor = model(dataset.preprocessing.apply(samples.to(device)))

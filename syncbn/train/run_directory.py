@@ -95,10 +95,11 @@ def open_run_directory(config: TrainConfig) -> RunDirectory:
     run = RunDirectory(Path(config.run_dir or fresh).absolute())
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        run.path.mkdir()
-        run.config_file.write_text(to_yaml(config))
-    except FileExistsError:
-        _check_resumable(run, config)
+        if run.path.exists():
+            _check_resumable(run, config)
+        else:
+            run.path.mkdir()
+            run.config_file.write_text(to_yaml(config))
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {run.path}: {error.strerror}") from error
     return run

@@ -1,0 +1,115 @@
+"""The whole product in one go: train on two processes, serve the bundle, query it over HTTP.
+
+Exits with 0 only if every step worked and the served accuracy is what training measured, and at
+least 97 %.
+"""
+
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from syncbn.train.data import digits
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REQUIRED_ACCURACY = 0.97
+ROWS = 12
+TRAIN_TIMEOUT_S = 600
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30
+REQUEST_TIMEOUT_S = 30
+
+
+def main() -> None:
+    """Run the demo in a new directory below runs/."""
+    run_dir = Path("runs") / f"demo-{secrets.token_hex(4)}"
+    print(f"1/3 Training on 2 processes, in {run_dir}", flush=True)
+    train(run_dir)
+    print("\n2/3 Starting the service", flush=True)
+    with serve(run_dir / "bundle", run_dir / "service.log") as url:
+        print(f"    it listens at {url}")
+        print("\n3/3 Sending the held-out test images, one at a time\n", flush=True)
+        served, trained = query(url)
+    print("    service stopped")
+    if served != trained or served < REQUIRED_ACCURACY:
+        sys.exit(
+            f"demo failed: served accuracy {served:.2%}; training measured {trained:.2%}, "
+            f"and {REQUIRED_ACCURACY:.0%} are required"
+        )
+
+
+def train(run_dir: Path) -> None:
+    """Train with the default configuration through torchrun, and leave a bundle in run_dir."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(REPOSITORY / "scripts" / "train.py")
+    subprocess.run([*torchrun, script, f"run_dir={run_dir}"], check=True, timeout=TRAIN_TIMEOUT_S)
+
+
+@contextmanager
+def serve(bundle: Path, log: Path) -> Generator[str]:
+    """Serve a bundle on a free port of this machine; yield its URL, and stop it in the end."""
+    command = [sys.executable, "-m", "service", "--models", str(bundle), "--port", "0"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield wait_until_ready(server, log)
+    finally:
+        server.terminate()
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+            raise
+
+
+def wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
+    """Return the URL that a starting service prints, once it answers that it is ready."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        if found := re.search(r" at (http://\S+),", log.read_text()):
+            try:
+                if httpx.get(f"{found[1]}/v2/health/ready").is_success:
+                    return found[1]
+            except httpx.TransportError:
+                pass  # bound, but not listening yet
+        time.sleep(0.1)
+    sys.exit(f"demo failed: the service did not start\n{log.read_text()}")
+
+
+def query(url: str) -> tuple[float, float]:
+    """Print a table of predictions; return the accuracy as served, and as training measured it."""
+    dataset = digits()
+    samples, labels = dataset.test.tensors
+    correct = 0
+    with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+        model = client.get("/v2/models").raise_for_status().json()["models"][0]
+        print("    truth  prediction  probability")
+        for number, (sample, label) in enumerate(zip(samples, labels, strict=True)):
+            image = {
+                "name": dataset.input.name,
+                "shape": [1, *dataset.input.shape],
+                "datatype": "FP32",
+                "data": sample.flatten().tolist(),
+            }
+            answer = client.post(f"/v2/models/{model['name']}/infer", json={"inputs": [image]})
+            outputs = {
+                out["name"]: out["data"] for out in answer.raise_for_status().json()["outputs"]
+            }
+            truth, prediction = dataset.classes[int(label)], outputs["label"][0]
+            correct += truth == prediction
+            if number < ROWS:
+                print(f"    {truth:>5}  {prediction:>10}  {max(outputs['probabilities']):>11.4f}")
+    print(f"    {'…':>5}  {'…':>10}  {'…':>11}")
+    print(f"\n    served accuracy: {correct / len(labels):.2%} ({correct} of {len(labels)} images)")
+    return correct / len(labels), model["parameters"]["metrics"]["test_accuracy"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A batch shared among ranks, and what one process computes on all of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """Batches of several steps, split over ranks.
+
+    Attributes:
+        shapes: each rank's input shape, (N, CHANNELS, *); N may be 0 and spatial sizes may differ.
+        dtype: of inputs and upstream gradients.
+        options: keyword arguments of the layer.
+        layout: contiguous, or channels_last for 4-D shapes.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+    layout: torch.memory_format = torch.contiguous_format
+    steps: int = 3
+
+    def share(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return a rank's input and upstream gradient at a step."""
+        generator = torch.Generator().manual_seed(1000 * step + rank)
+        x, dy = (
+            torch.randn(self.shapes[rank], dtype=torch.float64, generator=generator)
+            for _ in range(2)
+        )
+        x = (2 * x + 1 + rank).to(self.dtype)  # the ranks' means differ
+        return x.contiguous(memory_format=self.layout), dy.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a layer computed: y and dx of each step by rows of channels; the rest at the end."""
+
+    y: list[Tensor]
+    dx: list[Tensor]
+    state: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return (N, C, *) as (N·S, C)."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def initialize(layer: nn.Module) -> None:
+    """Give a layer's parameters values that differ by channel."""
+    generator = torch.Generator().manual_seed(42)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(1 + 0.3 * torch.randn(CHANNELS, generator=generator))
+
+
+def outcome(layer: nn.Module, y: list[Tensor], dx: list[Tensor]) -> Outcome:
+    """Gather what a layer holds after its last step."""
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in layer.named_parameters()
+        if parameter.grad is not None
+    }
+    return Outcome(y, dx, {k: v.clone() for k, v in layer.state_dict().items()}, gradients)
+
+
+def in_one_process(case: Case, dtype: torch.dtype, reverse: bool = False) -> Outcome:
+    """Return what nn.BatchNorm1d computes on the ranks' concatenated batches, in a dtype.
+
+    With `reverse`, the rows are summed in the opposite order, and returned in their own.
+    Parameters and statistics are float64 for float64, else float32, as the layers under test have.
+    """
+    layer = nn.BatchNorm1d(CHANNELS, **case.options)
+    initialize(layer)
+    layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    ys: list[Tensor] = []
+    dxs: list[Tensor] = []
+    for step in range(case.steps):
+        shares = [case.share(rank, step) for rank in range(len(case.shapes))]
+        order = [0] if reverse else []
+        x = torch.cat([rows(x) for x, _ in shares]).to(dtype).flip(order).requires_grad_()
+        y: Tensor = layer(x)
+        y.backward(torch.cat([rows(dy) for _, dy in shares]).to(dtype).flip(order))
+        assert x.grad is not None
+        ys.append(y.detach().flip(order))
+        dxs.append(x.grad.flip(order))
+    return outcome(layer, ys, dxs)

@@ -1,0 +1,243 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from syncbn.bundle import (
+    Architecture,
+    Bundle,
+    Description,
+    InputSpec,
+    Preprocessing,
+    is_bundle,
+    read_bundle,
+    write_bundle,
+)
+from syncbn.errors import BundleError
+from syncbn.models import build_model
+
+ARGUMENTS: dict[str, int | float | bool | str] = {"in_channels": 2, "num_classes": 3, "width": 4}
+
+
+def describe(**changes: Any) -> Description:
+    values: dict[str, Any] = {
+        "name": "small",
+        "architecture": Architecture(name="cnn", arguments=ARGUMENTS),
+        "input": InputSpec(name="image", shape=(2, 8, 8), dtype="float32"),
+        "preprocessing": Preprocessing(scale=0.5, mean=(1.0, 2.0), std=(3.0, 4.0)),
+        "classes": ("a", "b", "c"),
+        "metrics": {"test_accuracy": 0.5},
+        "config_sha256": "0" * 64,
+    }
+    return Description(**values | changes)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    write_bundle(tmp_path / "bundle", describe(), build_model("cnn", ARGUMENTS))
+    return tmp_path / "bundle"
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    model = build_model("cnn", ARGUMENTS)
+    model(torch.randn(4, 2, 8, 8))  # moves the running statistics
+    manifest = write_bundle(tmp_path / "deep" / "bundle", describe(), model)
+    read = read_bundle(tmp_path / "deep" / "bundle")
+    assert read.manifest == manifest
+    assert not read.model.training
+    assert list(read.model.state_dict()) == list(model.state_dict())
+    for name, value in read.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_probabilities_are_those_of_the_model_on_preprocessed_input(bundle: Path) -> None:
+    read = read_bundle(bundle)
+    x = torch.randn(5, 2, 8, 8)
+    scaled = torch.stack([(x[:, 0] * 0.5 - 1) / 3, (x[:, 1] * 0.5 - 2) / 4], 1)
+    torch.testing.assert_close(read.probabilities(x), read.model(scaled).softmax(1))
+
+
+def test_bundle_holds_two_files_readable_by_others(bundle: Path) -> None:
+    assert sorted(file.name for file in bundle.iterdir()) == ["bundle.json", "model.safetensors"]
+    assert bundle.stat().st_mode & 0o777 == 0o755
+    assert list(bundle.parent.iterdir()) == [bundle]
+    assert is_bundle(bundle)
+    assert not is_bundle(bundle.parent)
+
+
+def test_existing_path_is_not_overwritten(bundle: Path) -> None:
+    before = (bundle / "bundle.json").read_bytes()
+    with pytest.raises(BundleError, match="exists; remove it"):
+        write_bundle(bundle, describe(name="other"), build_model("cnn", ARGUMENTS))
+    assert (bundle / "bundle.json").read_bytes() == before
+
+
+def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(BundleError, match="disk full"):
+        write_bundle(tmp_path / "bundle", describe(), build_model("cnn", ARGUMENTS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _with_nan() -> torch.nn.Module:
+    model = build_model("cnn", ARGUMENTS)
+    model.state_dict()["0.weight"].fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (build_model("cnn", {**ARGUMENTS, "width": 8}), {}, r"'0.weight' should be .*\(4, 2, 3, 3"),
+        (torch.nn.Linear(1, 1), {}, "misses tensors 0.weight"),
+        (build_model("cnn", {**ARGUMENTS, "norm": "none"}), {}, "misses tensors 1.bias, 1.num_"),
+        (build_model("cnn", ARGUMENTS).half(), {}, "'0.weight' should be torch.float32"),
+        (_with_nan(), {}, "'0.weight' holds values that are not finite"),
+        (
+            build_model("cnn", ARGUMENTS),
+            {"classes": ("a", "b")},
+            "not into one logit for each of 2",
+        ),
+        (
+            build_model("cnn", ARGUMENTS),
+            {
+                "input": InputSpec(name="image", shape=(1, 8, 8), dtype="float32"),
+                "preprocessing": Preprocessing(scale=1.0, mean=(0.0,), std=(1.0,)),
+            },
+            r"refuses an input of shape \(1, 1, 8, 8\)",
+        ),
+    ],
+)
+def test_model_that_does_not_fit_is_not_written(
+    tmp_path: Path, model: torch.nn.Module, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        write_bundle(tmp_path / "bundle", describe(**changes), model)
+    assert list(tmp_path.iterdir()) == []
+
+
+Damage = Callable[[Path], object]
+
+
+def _edit(**changes: Any) -> Damage:
+    """Return a function that sets keys of a bundle's manifest; None removes one."""
+
+    def edit(bundle: Path) -> None:
+        manifest = json.loads((bundle / "bundle.json").read_text()) | changes
+        kept = {key: value for key, value in manifest.items() if value is not None}
+        (bundle / "bundle.json").write_text(json.dumps(kept))
+
+    return edit
+
+
+def _replace_weights(state: dict[str, torch.Tensor] | bytes) -> Damage:
+    """Return a function that puts other weights into a bundle, with a manifest that fits them."""
+
+    def replace(bundle: Path) -> None:
+        import hashlib
+
+        content = state if isinstance(state, bytes) else safetensors.torch.save(state)
+        (bundle / "model.safetensors").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        weights = {"file": "model.safetensors", "sha256": digest, "size_bytes": len(content)}
+        _edit(weights=weights)(bundle)
+
+    return replace
+
+
+def _flip_a_bit(bundle: Path) -> None:
+    content = bytearray((bundle / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (bundle / "model.safetensors").write_bytes(content)
+
+
+def _state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return build_model("cnn", ARGUMENTS).state_dict() | changes
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no bundle": (shutil.rmtree, "cannot read .*bundle.json: No such file.*is it a bundle"),
+    "no weights": (lambda b: (b / "model.safetensors").unlink(), "cannot read .*safetensors"),
+    "no JSON": (lambda b: (b / "bundle.json").write_text("{"), "not a valid manifest: content: In"),
+    "no object": (lambda b: (b / "bundle.json").write_text("[1]"), "not a valid manifest"),
+    "no UTF-8": (lambda b: (b / "bundle.json").write_bytes(b"\xff"), "not a valid manifest"),
+    "huge manifest": (lambda b: (b / "bundle.json").write_text(" " * (1 << 21)), "is larger than"),
+    "unknown key": (_edit(code="import os"), "code: Extra inputs are not permitted"),
+    "missing key": (_edit(classes=None), "classes: Field required"),
+    "other format": (_edit(format="pickle"), "format: Input should be 'syncbn-bundle'"),
+    "later version": (_edit(format_version=2), "format_version: Input should be 1"),
+    "mistyped key": (_edit(classes="abc"), "classes: Input should be a valid"),
+    "path as name": (_edit(name="../x"), "name: String should match"),
+    "other file": (
+        _edit(weights={"file": "/etc/passwd", "sha256": "0" * 64, "size_bytes": 1}),
+        "weights.file: Input should be 'model.safetensors'",
+    ),
+    "zero std": (
+        _edit(preprocessing={"scale": 1.0, "mean": [0.0, 0.0], "std": [1.0, 0.0]}),
+        "preprocessing.std.1: Input should be greater than 0",
+    ),
+    "too few means": (
+        _edit(preprocessing={"scale": 1.0, "mean": [0.0], "std": [1.0]}),
+        "preprocessing needs 2 values each",
+    ),
+    "unknown architecture": (
+        _edit(architecture={"name": "os.system", "arguments": {}}),
+        "unknown architecture 'os.system'",
+    ),
+    "absurd size": (
+        _edit(architecture={"name": "cnn", "arguments": ARGUMENTS | {"width": 10**7}}),
+        "tensor '0.weight' should be",
+    ),
+    "flipped bit": (_flip_a_bit, "has SHA-256 .* copy the bundle again"),
+    "truncated": (
+        lambda b: (b / "model.safetensors").write_bytes(b"123"),
+        "another size than the .* bytes",
+    ),
+    "no safetensors": (_replace_weights(b"\x80\x04pickle"), "not a safetensors file"),
+    "superfluous tensor": (_replace_weights(_state(more=torch.ones(1))), "unknown tensors more"),
+    "negative variance": (
+        _replace_weights(_state(**{"1.running_var": -torch.ones(4)})),
+        "'1.running_var' holds a negative variance",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_anything_else_is_refused(bundle: Path, damage: Damage, message: str) -> None:
+    damage(bundle)
+    with pytest.raises(BundleError, match=message):
+        read_bundle(bundle)
+
+
+def test_reading_executes_nothing_from_the_bundle(bundle: Path) -> None:
+    (bundle / "cnn.py").write_text("raise SystemExit('executed')")
+    (bundle / "model.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    code = (
+        "import pathlib, pickle; from syncbn.bundle import read_bundle;"
+        "pickle.Unpickler = pickle.load = pickle.loads = None; print(read_bundle(pathlib.Path('.')).manifest.name)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=bundle,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert result.stdout.strip() == "small"
+
+
+def test_served_bundle_keeps_its_model_frozen(bundle: Path) -> None:
+    read: Bundle = read_bundle(bundle)
+    assert not any(parameter.requires_grad for parameter in read.model.parameters())

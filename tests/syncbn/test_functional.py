@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+import syncbn
+from syncbn.errors import InputError
+
+
+def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    y, moments = syncbn.sync_batch_norm(x)
+    torch.testing.assert_close(moments.mean, x.mean((0, 2)))
+    torch.testing.assert_close(moments.variance(), x.var((0, 2), correction=0))
+    assert moments.count == 18
+    assert y.requires_grad
+    assert not moments.mean.requires_grad
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(
+        lambda *tensors: syncbn.sync_batch_norm(*tensors)[0], (x, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_frozen_tensors_get_no_gradient(frozen: str) -> None:
+    tensors = {"x": torch.randn(4, 2), "weight": torch.ones(2), "bias": torch.zeros(2)}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name != frozen)
+    syncbn.sync_batch_norm(*tensors.values())[0].square().sum().backward()
+    assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
+
+
+def test_vector_is_refused() -> None:
+    with pytest.raises(InputError, match=r"\(N, C, \*\), got \(4,\); add a batch dimension"):
+        syncbn.sync_batch_norm(torch.zeros(4))

@@ -1,0 +1,221 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.errors import InputError
+from tests.support.one_process import (
+    CHANNELS,
+    Case,
+    Outcome,
+    in_one_process,
+    initialize,
+    outcome,
+    rows,
+)
+from tests.support.tolerance import assert_as_exact
+from tests.support.world import run_world
+
+EVEN = {
+    1: ((6, CHANNELS, 4),),
+    2: ((4, CHANNELS, 5), (4, CHANNELS, 5)),
+    3: ((2, CHANNELS), (2, CHANNELS), (2, CHANNELS)),
+    4: ((2, CHANNELS, 3, 2),) * 4,
+}
+CASES = {
+    **{f"world of {size}": Case(shapes) for size, shapes in EVEN.items()},
+    "float64": Case(EVEN[2], torch.float64),
+    "bfloat16": Case(EVEN[2], torch.bfloat16),
+    "float16": Case(EVEN[2], torch.float16),
+    "channels last": Case(EVEN[4], layout=torch.channels_last),
+    "5-D": Case(((2, CHANNELS, 2, 2, 2),) * 2),
+    "uneven batches": Case(((5, CHANNELS, 4), (2, CHANNELS, 4), (1, CHANNELS, 4))),
+    "uneven images": Case(((2, CHANNELS, 4, 4), (2, CHANNELS, 2, 3))),
+    "one sample a rank": Case(((1, CHANNELS), (1, CHANNELS))),
+    "an empty rank": Case(((4, CHANNELS, 2), (0, CHANNELS, 2))),
+    "an empty rank in float16": Case(((4, CHANNELS, 2), (0, CHANNELS, 2)), torch.float16),
+    "cumulative average": Case(EVEN[2], options={"momentum": None}),
+    "no running statistics": Case(EVEN[2], options={"track_running_stats": False}),
+    "not affine": Case(EVEN[2], options={"affine": False}),
+    "no bias": Case(EVEN[2], options={"bias": False}),
+}
+
+
+def _train(case: Case) -> Outcome:
+    layer = syncbn.SyncBatchNorm(CHANNELS, **case.options)
+    initialize(layer)
+    if case.dtype == torch.float64:
+        layer.double()
+    ys: list[Tensor] = []
+    dxs: list[Tensor] = []
+    for step in range(case.steps):
+        x, dy = case.share(dist.get_rank(), step)
+        x.requires_grad_()
+        y: Tensor = layer(x)
+        y.backward(dy)
+        assert x.grad is not None
+        assert y.dtype == x.dtype
+        assert y.stride() == x.grad.stride() == x.stride()
+        ys.append(rows(y.detach()))
+        dxs.append(rows(x.grad))
+    return outcome(layer, ys, dxs)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_replicas_match_one_process_on_the_concatenated_batch(case: Case) -> None:
+    ours = run_world(len(case.shapes), _train, case)
+    truth = in_one_process(case, torch.float64)
+    # In float64 too there is an error to measure by: that of another order of summation.
+    plain = in_one_process(case, case.dtype, reverse=True)
+    for step in range(case.steps):
+        for what in ("y", "dx"):
+            joined = torch.cat([getattr(rank, what)[step] for rank in ours])
+            assert_as_exact(joined, getattr(truth, what)[step], getattr(plain, what)[step], what)
+    for name, gradient in truth.gradients.items():
+        summed = torch.stack([rank.gradients[name] for rank in ours]).sum(0)
+        assert_as_exact(summed, gradient, plain.gradients[name], f"gradient of {name}")
+    for name, value in truth.state.items():
+        for rank in ours:
+            assert torch.equal(rank.state[name], ours[0].state[name]), f"{name} differs by rank"
+        if value.is_floating_point():
+            assert_as_exact(ours[0].state[name], value, plain.state[name], name)
+        else:
+            assert ours[0].state[name] == value
+
+
+def _collectives(training: bool) -> list[tuple[int, torch.dtype]]:
+    sent: list[tuple[int, torch.dtype]] = []
+    all_reduce = dist.all_reduce
+
+    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append((tensor.numel(), tensor.dtype))
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = count
+    layer = syncbn.SyncBatchNorm(CHANNELS).train(training)
+    x = torch.randn(4, CHANNELS, 2, requires_grad=True)
+    layer(x).sum().backward()
+    return sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_one_all_reduce_forward_and_one_backward(world_size: int) -> None:
+    forward, backward = (2 * CHANNELS + 1, torch.float64), (2 * CHANNELS, torch.float64)
+    expected = [forward, backward] if world_size > 1 else []
+    assert run_world(world_size, _collectives, True) == [expected] * world_size
+
+
+def test_evaluation_does_not_communicate() -> None:
+    assert run_world(2, _collectives, False) == [[], []]
+
+
+def _single_value() -> str:
+    rank = dist.get_rank()
+    layer = syncbn.SyncBatchNorm(CHANNELS)
+    with pytest.raises(InputError) as caught:
+        layer(torch.randn(1 if rank == 0 else 0, CHANNELS))
+    assert layer.num_batches_tracked == 0
+    return str(caught.value)
+
+
+def test_single_value_over_all_ranks_raises_on_every_rank() -> None:
+    for rank, message in enumerate(run_world(2, _single_value)):
+        assert "more than 1 value per channel" in message
+        assert f"({1 - rank}, {CHANNELS})" in message
+
+
+def _nothing_anywhere() -> None:
+    layer = syncbn.SyncBatchNorm(CHANNELS)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.empty(0, CHANNELS, 4, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.zeros(CHANNELS))
+
+
+def test_no_samples_anywhere_change_nothing() -> None:
+    run_world(2, _nothing_anywhere)
+
+
+def _gradient_projections() -> tuple[Tensor, Tensor, Tensor]:
+    x, dy = Case(((8, CHANNELS, 3), (5, CHANNELS, 2)), torch.float64).share(dist.get_rank(), 0)
+    x.requires_grad_()
+    layer = syncbn.SyncBatchNorm(CHANNELS, eps=0.0, affine=False).double()
+    xhat: Tensor = layer(x)
+    xhat.backward(dy)
+    assert x.grad is not None
+    return rows(x.grad).sum(0), rows(x.grad * xhat.detach()).sum(0), rows(x.grad).abs().sum(0)
+
+
+def test_input_gradient_has_no_component_along_one_and_along_the_normalised_input() -> None:
+    along_one, along_xhat, size = (
+        torch.stack(parts).sum(0)
+        for parts in zip(*run_world(2, _gradient_projections), strict=True)
+    )
+    assert (along_one.abs() <= 1e-13 * size).all()
+    assert (along_xhat.abs() <= 1e-13 * size).all()
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_evaluation_is_that_of_torch(track: bool) -> None:
+    ours = syncbn.SyncBatchNorm(CHANNELS, track_running_stats=track)
+    theirs = nn.BatchNorm2d(CHANNELS, track_running_stats=track)
+    for layer in (ours, theirs):
+        initialize(layer)
+        layer(torch.arange(48.0).reshape(2, CHANNELS, 4, 2))
+        layer.eval()
+    x = torch.randn(2, CHANNELS, 4, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    "theirs", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
+)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}], ids=str)
+def test_state_dicts_interchange_with_torch(
+    theirs: type[nn.BatchNorm2d], options: dict[str, bool]
+) -> None:
+    one, other = theirs(CHANNELS, **options), syncbn.SyncBatchNorm(CHANNELS, **options)
+    initialize(one)
+    other.load_state_dict(one.state_dict())
+    theirs(CHANNELS, **options).load_state_dict(other.state_dict())
+    assert list(one.state_dict()) == list(other.state_dict())
+
+
+def test_reset_restores_a_new_layer() -> None:
+    layer = syncbn.SyncBatchNorm(CHANNELS, bias=False)
+    fresh = {name: value.clone() for name, value in layer.state_dict().items()}
+    initialize(layer)
+    layer(torch.randn(4, CHANNELS))
+    layer.reset_parameters()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, fresh[name]), name
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4), r"\(N, 3, \*\), got \(4,\)"),
+        (torch.zeros(2, 4, 5), r"\(N, 3, \*\), got \(2, 4, 5\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"floating-point input, got torch.int64"),
+    ],
+)
+def test_unfit_input_is_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        syncbn.SyncBatchNorm(CHANNELS)(x)
+
+
+def test_second_derivative_is_refused_and_not_wrong() -> None:
+    x = torch.randn(4, CHANNELS, requires_grad=True)
+    y = syncbn.SyncBatchNorm(CHANNELS)(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,0 +1,57 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from syncbn.errors import ConfigError
+from syncbn.train.config import TrainConfig, compose_config
+from syncbn.train.run_directory import RunDirectory, open_run_directory
+
+
+def _config(root: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    return compose_config([f"run_root={root}", *overrides])
+
+
+def test_every_run_gets_a_directory_of_its_own(tmp_path: Path) -> None:
+    paths = {open_run_directory(_config(tmp_path)).path for _ in range(20)}
+    assert len(paths) == 20
+    assert {path.parent for path in paths} == {tmp_path}
+
+
+def test_resolved_config_is_written_and_read_back(tmp_path: Path) -> None:
+    config = _config(tmp_path, ["norm=none", "optim.lr=0.3"])
+    assert open_run_directory(config).read_config() == config
+
+
+def test_named_directory_is_resumed_by_the_same_job_alone(tmp_path: Path) -> None:
+    named = f"run_dir={tmp_path / 'run'}"
+    first = open_run_directory(_config(tmp_path, [named]))
+    assert open_run_directory(_config(tmp_path, [named])) == first
+    with pytest.raises(ConfigError, match=r"another configuration; here seed: 5; choose another"):
+        open_run_directory(_config(tmp_path, [named, "seed=5"]))
+    first.bundle_dir.mkdir()
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        open_run_directory(_config(tmp_path, [named]))
+
+
+def test_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exists and is not a run directory"):
+        open_run_directory(_config(tmp_path, [f"run_dir={tmp_path}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot make the run directory .*file/run"):
+        open_run_directory(_config(tmp_path, [f"run_dir={tmp_path / 'file' / 'run'}"]))
+
+
+def test_metrics_are_kept_up_to_the_epoch_of_the_checkpoint(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.read_metrics() == []
+    for epoch in (1, 2, 3):
+        run.append_metrics({"epoch": epoch, "loss": 0.5})
+    with run.metrics_file.open("a") as stream:
+        stream.write('{"epoch": 4, "lo')  # cut short by a kill
+    run.forget_metrics_after(2)
+    assert run.read_metrics() == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.5}]
