@@ -13,7 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from syncbn.train.data import digits
 
@@ -75,9 +75,9 @@ def wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
     while time.monotonic() < deadline and server.poll() is None:
         if found := re.search(r" at (http://\S+),", log.read_text()):
             try:
-                if httpx.get(f"{found[1]}/v2/health/ready").is_success:
+                if httpx2.get(f"{found[1]}/v2/health/ready").is_success:
                     return found[1]
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 pass  # bound, but not listening yet
         time.sleep(0.1)
     sys.exit(f"demo failed: the service did not start\n{log.read_text()}")
@@ -88,7 +88,7 @@ def query(url: str) -> tuple[float, float]:
     dataset = digits()
     samples, labels = dataset.test.tensors
     correct = 0
-    with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+    with httpx2.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
         model = client.get("/v2/models").raise_for_status().json()["models"][0]
         print("    truth  prediction  probability")
         for number, (sample, label) in enumerate(zip(samples, labels, strict=True)):

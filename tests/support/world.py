@@ -22,7 +22,7 @@ torch.use_deterministic_algorithms(True)
 
 # Forked from a server that has torch loaded: a rank starts in milliseconds instead of seconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["syncbn", "torch.nn.parallel", "tests.support.world"])
+_CONTEXT.set_forkserver_preload(["syncbn.train.loop", "tests.support.world"])
 
 
 class WorldError(Exception):

@@ -220,22 +220,32 @@ def test_anything_else_is_refused(bundle: Path, damage: Damage, message: str) ->
         read_bundle(bundle)
 
 
-def test_reading_executes_nothing_from_the_bundle(bundle: Path) -> None:
+_AUDIT = """
+import pathlib, sys
+from syncbn.bundle import read_bundle
+here, opened = pathlib.Path.cwd(), set()
+def audit(event, args):
+    assert event != "pickle.find_class", args
+    if event == "open" and isinstance(args[0], str) and args[0].startswith(str(here)):
+        opened.add(pathlib.Path(args[0]).name)
+sys.addaudithook(audit)
+read_bundle(here)
+print(*sorted(opened))
+"""
+
+
+def test_reading_opens_the_two_files_and_unpickles_nothing(bundle: Path) -> None:
     (bundle / "cnn.py").write_text("raise SystemExit('executed')")
     (bundle / "model.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    code = (
-        "import pathlib, pickle; from syncbn.bundle import read_bundle;"
-        "pickle.Unpickler = pickle.load = pickle.loads = None; print(read_bundle(pathlib.Path('.')).manifest.name)"
-    )
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", _AUDIT],
         cwd=bundle,
         capture_output=True,
         text=True,
         check=True,
         timeout=120,
     )
-    assert result.stdout.strip() == "small"
+    assert result.stdout.split() == ["bundle.json", "model.safetensors"]
 
 
 def test_served_bundle_keeps_its_model_frozen(bundle: Path) -> None:
