@@ -22,8 +22,12 @@ class Settings(BaseSettings):
     )
 
     models: Path = Field(description="a bundle, or a directory of bundles")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    timeout_s: float = Field(30.0, gt=0, description="longest wait for one prediction")
-    max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body accepted")
-    threads: int | None = Field(None, gt=0, description="torch threads (default: torch's choice)")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="port to listen on; 0: any free one"
+    )
+    timeout_s: float = Field(default=30.0, gt=0, description="longest wait for one prediction")
+    max_body_bytes: int = Field(default=64 << 20, gt=0, description="largest request body accepted")
+    threads: int | None = Field(
+        default=None, gt=0, description="torch threads (default: torch's choice)"
+    )

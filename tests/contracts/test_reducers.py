@@ -39,7 +39,9 @@ def test_sums_are_bit_identical_on_all_ranks_and_from_run_to_run(world_size: int
 
 def _sum_in_pairs() -> float:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    reducer = select_reducer(pairs[dist.get_rank() // 2])
+    mine = pairs[dist.get_rank() // 2]
+    assert isinstance(mine, dist.ProcessGroup)
+    reducer = select_reducer(mine)
     assert reducer.world_size == 2
     return reducer.sum(torch.tensor([float(dist.get_rank())])).item()
 

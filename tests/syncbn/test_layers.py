@@ -181,7 +181,7 @@ def test_evaluation_is_that_of_torch(track: bool) -> None:
 )
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}], ids=str)
 def test_state_dicts_interchange_with_torch(
-    theirs: type[nn.BatchNorm2d], options: dict[str, bool]
+    theirs: type[nn.BatchNorm2d], options: dict[str, Any]
 ) -> None:
     one, other = theirs(CHANNELS, **options), syncbn.SyncBatchNorm(CHANNELS, **options)
     initialize(one)

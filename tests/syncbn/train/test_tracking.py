@@ -52,7 +52,7 @@ def test_tracker_that_fails_to_start_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(**kwargs: object) -> None:
-        raise wandb.errors.UsageError("no API key")
+        raise wandb.Error("no API key")
 
     monkeypatch.setattr(wandb, "init", fail)
     assert isinstance(start_tracker(compose_config([]), tmp_path), NoTracker)

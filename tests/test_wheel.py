@@ -1,0 +1,75 @@
+"""The wheel without the checkout: it holds all that training and serving need."""
+
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import REPOSITORY, run
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel and install it, without its dependencies, into a directory of its own."""
+    directory = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(directory)]
+    result = run([*build, str(REPOSITORY)], directory)
+    assert result.returncode == 0, result.stdout
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory / "site")
+    return directory / "site"
+
+
+def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> None:
+    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    assert {"syncbn/py.typed", "service/py.typed", "syncbn/conf/config.yaml"} <= names
+    assert {
+        f"syncbn/{file.relative_to(REPOSITORY)}" for file in REPOSITORY.glob("conf/*/*.yaml")
+    } <= names
+    (metadata,) = installed.glob("*.dist-info")
+    assert (metadata / "licenses" / "docs" / "LICENSE").exists()
+    assert {name.split("/")[0] for name in names} == {"syncbn", "service", metadata.name}
+    scripts = (metadata / "entry_points.txt").read_text()
+    assert "syncbn-train = syncbn.train.launch:main" in scripts
+    assert "syncbn-serve = service.__main__:main" in scripts
+
+
+def test_installed_wheel_trains_and_serves_from_another_directory(
+    installed: Path, tmp_path: Path
+) -> None:
+    path = str(installed)
+    train = [sys.executable, "-m", "syncbn.train", "max_steps=2", "model.width=4"]
+    result = run([*train, "track=none", f"run_dir={tmp_path / 'run'}"], tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stdout
+    where = "import syncbn, service; print(syncbn.__file__, service.__file__)"
+    located = run([sys.executable, "-c", where], tmp_path, PYTHONPATH=path).stdout.split()
+    assert all(file.startswith(path) for file in located)
+
+    log = tmp_path / "service.log"
+    serve = [sys.executable, "-m", "service", "--models", str(tmp_path / "run" / "bundle")]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*serve, "--port", "0"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": path, "PATH": ""},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while "startup complete" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+        url = re.findall(r" at (http://127\.0\.0\.1:\d+),", log.read_text())[0]
+        with urllib.request.urlopen(f"{url}/v2/models/digits-cnn", timeout=30) as response:
+            assert b'"shape":[-1,1,8,8]' in response.read()
+    finally:
+        server.terminate()
+        server.wait(30)
