@@ -29,7 +29,6 @@ def main() -> None:
     """
     if dist.is_torchelastic_launched():
         worker.train_from_overrides(sys.argv[1:])
-        return
     register_schemas()
     # Otherwise Hydra prints errors in its own words and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"

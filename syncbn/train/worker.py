@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from syncbn.errors import ConfigError, SyncBNError
+from syncbn.errors import ConfigError, SyncBNError, TrainingError
 from syncbn.train.config import Device, TrainConfig, compose_config, from_yaml, to_yaml
 from syncbn.train.loop import train
 from syncbn.train.run_directory import RunDirectory, open_run_directory
@@ -26,13 +27,13 @@ _AGREEMENT_TIMEOUT = timedelta(seconds=120)
 Job = tuple[TrainConfig, RunDirectory]
 
 
-def train_from_overrides(overrides: Sequence[str]) -> None:
+def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
     """Be one rank of a job that an external torchrun started with a command line.
 
     Rank 0 composes the configuration and makes the run directory, for all.
 
-    Raises:
-        SystemExit: with code 2 on every rank, after rank 0 printed why, where that fails.
+    Does not return: the process ends with exit code 0, 1 where training failed, or 2 where the
+    configuration is wrong, on every rank, after rank 0 said why.
     """
 
     def prepare() -> Job:
@@ -53,25 +54,39 @@ def train_from_overrides(overrides: Sequence[str]) -> None:
         config.launch.nproc = nproc
         return config, open_run_directory(config)
 
-    _work(prepare)
+    _leave(_work(prepare))
 
 
 @record
 def main() -> None:
     """Be one rank of a job that `syncbn.train.launch` started: worker.py RUN_DIR."""
     run = RunDirectory(Path(sys.argv[1]))
-    _work(lambda: (run.read_config(), run))
+    _leave(_work(lambda: (run.read_config(), run)))
 
 
-def _work(prepare: Callable[[], Job]) -> None:
+def _leave(code: int) -> NoReturn:
+    """End this process without finalising the interpreter.
+
+    DistributedDataParallel keeps the process group alive past `destroy_process_group`, and a gloo
+    thread that lets go of its last tensor while Python is being finalised aborts the process (seen
+    with torch 2.14 in one of 25 runs; github.com/pytorch/pytorch/pull/179291).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _work(prepare: Callable[[], Job]) -> int:
+    """Do this rank's part and return its exit code."""
     store, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
     try:
         config, run = _agree(store, rank, world_size, prepare)
+        device = _choose_device(config.launch.device)
     except SyncBNError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    device = _choose_device(config.launch.device)
+        return 2
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -83,15 +98,16 @@ def _work(prepare: Callable[[], Job]) -> None:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
         train(config, run if rank == 0 else None, device)
-    except SyncBNError as error:  # raised on every rank, so one rank's word is enough
+    except (ConfigError, TrainingError) as error:  # every rank raises it: one need say it
         if rank == 0:
             log.error("%s", error)
-        raise SystemExit(1) from None
+        return 1
     except Exception:
         log.exception("rank %d failed", rank)
         raise
     finally:
         dist.destroy_process_group()
+    return 0
 
 
 def _agree(store: Store, rank: int, world_size: int, prepare: Callable[[], Job]) -> Job:
@@ -117,9 +133,9 @@ def _choose_device(device: Device) -> torch.device:
     local_rank, nproc = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= nproc
     if device is Device.cuda and not enough:
-        raise SystemExit(
-            f"syncbn-train: launch.device=cuda needs {nproc} GPUs, "
-            f"found {torch.cuda.device_count()}; use launch.device=cpu"
+        raise ConfigError(
+            f"launch.device=cuda needs {nproc} GPUs, found {torch.cuda.device_count()}; "
+            "use launch.device=cpu"
         )
     if device is Device.cpu or not enough:
         return torch.device("cpu")

@@ -88,6 +88,12 @@ def test_what_contradicts_torchrun_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_gpus_are_explained(tmp_path: Path) -> None:
+    result = run([*TRAIN, "launch.device=cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1
+    assert result.stdout.count("launch.device=cuda needs 2 GPUs, found 0; use") == 1
+
+
 def test_batch_larger_than_the_data_is_explained(tmp_path: Path) -> None:
     result = run([*TRAIN, *SHORT, "data.batch_size=1000"], tmp_path)
     assert result.returncode == 1
