@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
+from yaml import YAMLError
 
 import syncbn
 from syncbn.errors import ConfigError
@@ -256,9 +257,28 @@ def to_yaml(config: TrainConfig) -> str:
 
 def from_yaml(text: str) -> TrainConfig:
     """Return the configuration that `to_yaml` wrote; raises as `to_config`."""
-    loaded = OmegaConf.create(text)
-    assert isinstance(loaded, DictConfig)
-    return to_config(loaded)
+    try:
+        loaded = OmegaConf.create(text)
+        assert isinstance(loaded, DictConfig)
+        return to_config(loaded)
+    except (YAMLError, AssertionError, AttributeError) as error:
+        raise ConfigError(f"not a configuration of syncbn-train: {error}") from error
+
+
+def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
+    """Return "key=value" for each value of a configuration that another has differently."""
+    ours, theirs = (_flatten(OmegaConf.structured(each)) for each in (config, other))
+    return [f"{key}={value}" for key, value in ours.items() if theirs.get(key, ...) != value]
+
+
+def _flatten(node: DictConfig, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def config_sha256(config: TrainConfig) -> str:

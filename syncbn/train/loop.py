@@ -86,7 +86,7 @@ def train(config: TrainConfig, run: RunDirectory | None, device: torch.device) -
 
     Raises:
         ConfigError: the data cannot fill a step, on every rank.
-        TrainingError: the loss is not finite any more, or a checkpoint cannot be read, on every
+        TrainingError: a loss is not finite any more, or a checkpoint cannot be read, on every
             rank.
     """
     training = _prepare(config, device)
@@ -111,11 +111,12 @@ def train(config: TrainConfig, run: RunDirectory | None, device: torch.device) -
             metrics = _train_epoch(training, epoch, steps, progress)
             epoch, step = epoch + 1, step + steps
             metrics = {"epoch": epoch, "step": step} | metrics
-            if not math.isfinite(metrics["train_loss"]):
-                raise TrainingError(
-                    f"the training loss is {metrics['train_loss']} after epoch {epoch}; "
-                    f"try a lower optim.lr than {config.optim.lr}"
-                )
+            for loss in ("train_loss", "test_loss"):
+                if not math.isfinite(metrics[loss]):
+                    raise TrainingError(
+                        f"{loss} is {metrics[loss]} after epoch {epoch}; "
+                        f"try a lower optim.lr than {config.optim.lr}"
+                    )
             if run is not None:
                 run.append_metrics(metrics)
                 write_checkpoint(run.checkpoint_file, training.checkpoint(epoch, step, metrics))

@@ -3,15 +3,19 @@
 Only rank 0 writes here.
 """
 
+import dataclasses
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from syncbn.errors import ConfigError
-from syncbn.train.config import TrainConfig, from_yaml, to_yaml
+from syncbn.train.config import TrainConfig, differences, from_yaml, to_yaml
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,26 @@ class RunDirectory:
         """
         try:
             return from_yaml(self.config_file.read_text())
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.config_file}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"cannot read {self.config_file}: {error}") from error
+
+    @contextmanager
+    def lock(self) -> Generator[None]:
+        """Keep every other job out of this directory, until the end or this process's death.
+
+        Raises:
+            ConfigError: another job is in it.
+        """
+        held = FileLock(self.path / ".lock")
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            raise ConfigError(
+                f"another job is training in {self.path}; wait for its end, or choose another "
+                "run_dir"
+            ) from None
+        with held:
+            yield
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the metrics of the epochs so far, oldest first."""
@@ -92,7 +114,7 @@ def open_run_directory(config: TrainConfig) -> RunDirectory:
     fresh = (
         Path(config.run_root) / f"{stamp}-{config.name}-{config.norm.name}-{secrets.token_hex(3)}"
     )
-    run = RunDirectory(Path(config.run_dir or fresh).absolute())
+    run = RunDirectory(Path(config.run_dir or fresh).resolve())
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         if run.path.exists():
@@ -112,9 +134,12 @@ def _check_resumable(run: RunDirectory, config: TrainConfig) -> None:
         )
     if run.bundle_dir.exists():
         raise ConfigError(f"run_dir={run.path} holds a finished run; choose another directory")
-    theirs, ours = to_yaml(run.read_config()).splitlines(), to_yaml(config).splitlines()
-    if differing := sorted(set(ours) - set(theirs)):
+    # Where the directory lies is no part of the job: it may be named in several ways, or moved.
+    same_place = {"run_dir": config.run_dir, "run_root": config.run_root}
+    theirs = dataclasses.replace(run.read_config(), **same_place)
+    if theirs != config:
+        differing = differences(config, theirs) or differences(theirs, config)
         raise ConfigError(
-            f"run_dir={run.path} belongs to a job with another configuration; here "
-            f"{'; '.join(line.strip() for line in differing)}; choose another directory"
+            f"run_dir={run.path} belongs to a job with another configuration; this one has "
+            f"{', '.join(differing)}; choose another directory"
         )

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -78,7 +79,18 @@ def _leave(code: int) -> NoReturn:
 
 
 def _work(prepare: Callable[[], Job]) -> int:
-    """Do this rank's part and return its exit code."""
+    """Do this rank's part, with the run directory locked by rank 0, and return its exit code."""
+    with ExitStack() as held:
+
+        def prepare_and_lock() -> Job:
+            config, run = prepare()
+            held.enter_context(run.lock())
+            return config, run
+
+        return _work_locked(prepare_and_lock)
+
+
+def _work_locked(prepare: Callable[[], Job]) -> int:
     store, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
     try:
         config, run = _agree(store, rank, world_size, prepare)

@@ -29,6 +29,7 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
     assert result.returncode == 0, result.stdout
     finished = _the_run(tmp_path)
     assert {file.name for file in finished.path.iterdir()} == {
+        ".lock",
         "bundle",
         "checkpoint.pt",
         "config.yaml",

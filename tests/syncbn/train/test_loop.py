@@ -136,10 +136,14 @@ def test_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert len(lines) == 3
 
 
-def test_diverging_run_says_so_on_every_rank_and_writes_no_bundle(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("loss", "max_steps"), [("train_loss", 9), ("test_loss", 1)])
+def test_diverging_run_says_so_on_every_rank_and_writes_no_bundle(
+    tmp_path: Path, loss: str, max_steps: int
+) -> None:
     overrides = [f"run_dir={tmp_path / 'run'}", "norm=none", "optim.lr=1e20", "epochs=1"]
+    overrides += ["optim.warmup_steps=0", f"max_steps={max_steps}"]
     messages = run_world(2, _train_or_explain, overrides)
     for message in messages:
-        assert message.startswith("the training loss is ")
+        assert message.startswith(f"{loss} is ")
         assert message.endswith("try a lower optim.lr than 1e+20")
     assert not (tmp_path / "run" / "bundle").exists()

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +28,15 @@ def test_named_directory_is_resumed_by_the_same_job_alone(tmp_path: Path) -> Non
     named = f"run_dir={tmp_path / 'run'}"
     first = open_run_directory(_config(tmp_path, [named]))
     assert open_run_directory(_config(tmp_path, [named])) == first
-    with pytest.raises(ConfigError, match=r"another configuration; here seed: 5; choose another"):
-        open_run_directory(_config(tmp_path, [named, "seed=5"]))
+    for override, difference in (
+        ("seed=5", "seed=5"),
+        ("optim.momentum=0.1", "optim.momentum=0.1"),  # a value that norm.momentum has too
+        ("norm=none", "norm.name=none"),
+    ):
+        with pytest.raises(ConfigError, match=rf"this one has {difference}; choose another"):
+            open_run_directory(_config(tmp_path, [named, override]))
+    elsewhere = [f"run_dir={os.path.relpath(tmp_path / 'run')}", "run_root=elsewhere"]
+    assert open_run_directory(_config(tmp_path, elsewhere)) == first
     first.bundle_dir.mkdir()
     with pytest.raises(ConfigError, match="holds a finished run"):
         open_run_directory(_config(tmp_path, [named]))
@@ -44,6 +52,23 @@ def test_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"cannot make the run directory .*file/run"):
         open_run_directory(_config(tmp_path, [f"run_dir={tmp_path / 'file' / 'run'}"]))
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"- 1\n", b"\xff", b"name: x\n", b"data: 1\n"])
+def test_damaged_config_is_refused_by_its_path(tmp_path: Path, content: bytes) -> None:
+    config = _config(tmp_path, [f"run_dir={tmp_path / 'run'}"])
+    run = open_run_directory(config)
+    run.config_file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read .*run/config.yaml: "):
+        open_run_directory(config)
+
+
+def test_directory_in_use_is_refused_until_it_is_free(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with run.lock(), pytest.raises(ConfigError, match="another job is training in"):
+        RunDirectory(tmp_path).lock().__enter__()
+    with run.lock():
+        pass
 
 
 def test_metrics_are_kept_up_to_the_epoch_of_the_checkpoint(tmp_path: Path) -> None:
