@@ -29,7 +29,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     commands = commands.replace(":8000", f":{(port := _free_port())}")
     commands = commands.replace("--port 8000", f"--port {port}")
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{commands}"
-    result = run(["bash", "-c", script], clone, timeout_s=300)
+    result = run(["bash", "-c", script], clone, timeout_s=600)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
