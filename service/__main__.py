@@ -1,5 +1,6 @@
 """`python -m service` and `syncbn-serve`: the service from the command line."""
 
+import math
 import socket
 import sys
 from typing import NoReturn
@@ -14,7 +15,7 @@ from syncbn.errors import BundleError
 
 
 def main() -> None:
-    """Serve until SIGINT or SIGTERM; requests under way are answered first.
+    """Serve until SIGINT or SIGTERM; requests under way are answered first, within `timeout_s`.
 
     Raises:
         SystemExit: with code 2 where an option is wrong, 1 where a model or the port is not to be
@@ -30,12 +31,19 @@ def main() -> None:
     except BundleError as error:
         _fail(str(error), 1)
     try:
-        listener = socket.create_server((settings.host, settings.port))
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.create_server(address[:2], family=family)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", 1)
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
     print(f"serving {settings.models} at {url}, its API at {url}/docs", flush=True)
-    uvicorn.Server(uvicorn.Config(app)).run(sockets=[listener])
+    # A client that stalls must not keep the process from stopping.
+    patience_s = math.ceil(settings.timeout_s)
+    config = uvicorn.Config(app, workers=1, timeout_graceful_shutdown=patience_s)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -34,7 +34,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         pydantic.ValidationError: a setting in the environment is missing or wrong.
     """
     chosen = settings or Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
-    if chosen.threads is not None:
+    if chosen.threads > 0:
         torch.set_num_threads(chosen.threads)
     registry = load_registry(chosen.models)
 
@@ -42,12 +42,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         with ThreadPoolExecutor(1, thread_name_prefix="inference") as executor:
             app.state.settings = chosen
-            app.state.data_plane = DataPlane(registry, executor, chosen.timeout_s)
+            app.state.data_plane = DataPlane(
+                registry, executor, chosen.timeout_s, chosen.max_batch_size
+            )
             gc.collect()
             gc.freeze()  # or every full collection would walk all that torch has loaded
             yield
 
-    app = FastAPI(title="syncbn", version=version("syncbn"), lifespan=lifespan)
+    app = FastAPI(
+        title="syncbn", version=version("syncbn"), lifespan=lifespan, redirect_slashes=False
+    )
     app.include_router(health.router)
     app.include_router(inference.router)
 
@@ -73,4 +77,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse(ErrorBody(error=message).model_dump(), status)
+    # What a client sent may be quoted in it, at any length.
+    return JSONResponse(ErrorBody(error=message[:1000]).model_dump(), status)

@@ -19,6 +19,12 @@ class ModelNotFoundError(ServiceError):
     status = 404
 
 
+class BodyTimeoutError(ServiceError):
+    """The request body did not arrive within the configured time, or not at all."""
+
+    status = 408
+
+
 class BodyTooLargeError(ServiceError):
     """The request body exceeds the configured size."""
 

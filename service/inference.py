@@ -3,6 +3,7 @@
 import asyncio
 import math
 from concurrent.futures import Executor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,15 @@ class DataPlane:
         registry: the models.
         executor: runs the forwards; one thread, so that torch keeps one pool of threads.
         timeout_s: longest wait for one answer, queueing included.
+        max_batch_size: most samples in one request, which bounds the time and memory of a forward.
     """
 
-    def __init__(self, registry: Registry, executor: Executor, timeout_s: float) -> None:
+    def __init__(
+        self, registry: Registry, executor: Executor, timeout_s: float, max_batch_size: int
+    ) -> None:
         self.registry = registry
         self._executor = executor
+        self._max_batch_size = max_batch_size
         self._timeout_s = timeout_s
 
     async def infer(self, name: str, request: InferenceRequest) -> InferenceResponse:
@@ -72,7 +77,7 @@ class DataPlane:
         """
         bundle = self.registry.get(name)
         wanted = _wanted_outputs(request)
-        samples = _samples(request, bundle.manifest.input)
+        samples = _samples(request, bundle.manifest.input, self._max_batch_size)
         loop = asyncio.get_running_loop()
         forward = loop.run_in_executor(self._executor, bundle.probabilities, samples)
         try:
@@ -109,10 +114,13 @@ def _wanted_outputs(request: InferenceRequest) -> list[str]:
             raise InvalidRequestError(
                 f"unknown output {output.name!r}; choose of {', '.join(known)}"
             )
-    return [output.name for output in request.outputs]
+    names = [output.name for output in request.outputs]
+    if len(set(names)) < len(names):
+        raise InvalidRequestError("an output is asked for twice; name each once")
+    return names
 
 
-def _samples(request: InferenceRequest, spec: InputSpec) -> Tensor:
+def _samples(request: InferenceRequest, spec: InputSpec, max_batch_size: int) -> Tensor:
     """Return the request's one input as a float32 tensor of shape (N, *spec.shape)."""
     names = [tensor.name for tensor in request.inputs]
     if names != [spec.name]:
@@ -128,26 +136,42 @@ def _samples(request: InferenceRequest, spec: InputSpec) -> Tensor:
             f"input {spec.name!r} must have shape {[-1, *spec.shape]} with at least one sample, "
             f"got {tensor.shape}"
         )
-    array = _array(tensor)
-    with np.errstate(over="ignore"):  # what overflows float32 is refused below
-        samples = torch.from_numpy(array.astype(np.float32).reshape(tensor.shape))
-    if not samples.isfinite().all():
-        raise InvalidRequestError(f"input {spec.name!r} holds values that are not finite in FP32")
-    return samples
-
-
-def _array(tensor: RequestInput) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return a tensor's data, nested as its shape says or flat, as an array of numbers."""
-    try:
-        array = np.array(tensor.data)
-    except ValueError:  # nested lists of different lengths
-        raise InvalidRequestError(f"the data of input {tensor.name!r} is ragged") from None
-    if array.dtype.kind not in "iuf":
-        raise InvalidRequestError(f"the data of input {tensor.name!r} must be numbers alone")
-    nested, flat = tuple(tensor.shape), (math.prod(tensor.shape),)
-    if array.shape not in (nested, flat):
+    if tensor.shape[0] > max_batch_size:
         raise InvalidRequestError(
-            f"the data of input {tensor.name!r} has shape {list(array.shape)}; expected "
-            f"{list(nested)}, or {list(flat)} in row-major order"
+            f"{tensor.shape[0]} samples in one request; send at most {max_batch_size}"
         )
-    return array
+    try:
+        array = np.array(_numbers(tensor), dtype=np.float64)
+    except OverflowError:  # an integer beyond float64
+        array = np.array([np.inf])
+    with np.errstate(over="ignore"):  # what overflows float32 is refused below
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InvalidRequestError(f"input {spec.name!r} holds values that are not finite in FP32")
+    return torch.from_numpy(array.reshape(tensor.shape))
+
+
+def _numbers(tensor: RequestInput) -> list[Any]:
+    """Return a tensor's data as a flat list of as many int and float as its shape says.
+
+    NumPy would find the shape and type by itself, but takes memory without bound to do so: one
+    long string among numbers makes every number as long.
+    """
+    flat = tensor.data
+    if flat and isinstance(flat[0], list):
+        level: list[Any] = [flat]
+        for size in tensor.shape:
+            if not all(isinstance(part, list) and len(part) == size for part in level):
+                raise InvalidRequestError(
+                    f"the data of input {tensor.name!r} is not nested as its shape {tensor.shape}"
+                )
+            level = list(chain.from_iterable(level))
+        flat = level
+    if len(flat) != math.prod(tensor.shape):
+        raise InvalidRequestError(
+            f"the data of input {tensor.name!r} has {len(flat)} elements, but its shape "
+            f"{tensor.shape} has {math.prod(tensor.shape)}"
+        )
+    if not set(map(type, flat)) <= {int, float}:
+        raise InvalidRequestError(f"the data of input {tensor.name!r} must be numbers alone")
+    return flat

@@ -40,7 +40,9 @@ def load_registry(directory: Path) -> Registry:
     """
     if not directory.is_dir():
         raise BundleError(f"{directory} is not a directory; name a bundle or a directory of them")
-    children = [directory] if is_bundle(directory) else sorted(directory.iterdir())
+    # Hidden directories are bundles being written, or a mount's own affairs.
+    visible = (child for child in directory.iterdir() if not child.name.startswith("."))
+    children = [directory] if is_bundle(directory) else sorted(visible)
     bundles: dict[str, Bundle] = {}
     for child in filter(is_bundle, children):
         bundle = read_bundle(child)

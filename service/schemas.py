@@ -14,14 +14,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
-Dimension = Annotated[int, Field(ge=0, strict=True)]
+Dimension = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 
 
 class RequestInput(_Body):
     """A tensor sent by a client; data in row-major order, flat or nested."""
 
     name: str
-    shape: list[Dimension]
+    shape: Annotated[list[Dimension], Field(max_length=8)]
     datatype: str
     data: list[Any]
 

@@ -22,12 +22,15 @@ class Settings(BaseSettings):
     )
 
     models: Path = Field(description="a bundle, or a directory of bundles")
-    host: str = Field(default="127.0.0.1", description="address to listen on")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(
         default=8000, ge=0, le=65535, description="port to listen on; 0: any free one"
     )
     timeout_s: float = Field(default=30.0, gt=0, description="longest wait for one prediction")
-    max_body_bytes: int = Field(default=64 << 20, gt=0, description="largest request body accepted")
-    threads: int | None = Field(
-        default=None, gt=0, description="torch threads (default: torch's choice)"
+    max_body_bytes: int = Field(default=16 << 20, gt=0, description="largest request body accepted")
+    max_batch_size: int = Field(
+        default=1024, gt=0, description="most samples accepted in one request"
+    )
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="threads of one prediction; 0: as torch chooses"
     )

@@ -6,6 +6,7 @@ docs/bundle.md is the specification.
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ MANIFEST_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
 _MANIFEST_LIMIT_BYTES = 1 << 20
 
+Size = Annotated[int, Field(ge=0, lt=2**31)]
+# What stays finite in float32.
+Number = Annotated[FiniteFloat, Field(ge=-3e38, le=3e38)]
+PositiveNumber = Annotated[FiniteFloat, Field(ge=1e-37, le=3e38)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -36,23 +41,23 @@ class Architecture(_Part):
     """Which model to build: a name and arguments of `syncbn.models.build_model`."""
 
     name: str
-    arguments: dict[str, int | FiniteFloat | bool | str]
+    arguments: dict[str, Size | Number | bool | str]
 
 
 class InputSpec(_Part):
     """One sample as a caller sends it: its name, its shape without the batch axis, its dtype."""
 
     name: str = Field(min_length=1)
-    shape: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    shape: tuple[Annotated[Size, Field(gt=0)], ...] = Field(min_length=1, max_length=4)
     dtype: Literal["float32"]
 
 
 class Preprocessing(_Part):
     """What turns a raw sample into the model's input: (x·scale − mean)/std, by channel."""
 
-    scale: FiniteFloat
-    mean: tuple[FiniteFloat, ...]
-    std: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+    scale: Number
+    mean: tuple[Number, ...]
+    std: tuple[PositiveNumber, ...]
 
     def apply(self, x: Tensor) -> Tensor:
         """Return (x·scale − mean)/std for x of shape (N, C, *), in torch's default dtype."""
@@ -68,7 +73,7 @@ class Weights(_Part):
 
     file: Literal["model.safetensors"]
     sha256: Sha256
-    size_bytes: int
+    size_bytes: Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class Versions(_Part):
@@ -187,8 +192,8 @@ def read_bundle(path: Path) -> Bundle:
     content = _read_file(path / WEIGHTS_FILE, manifest.weights.size_bytes)
     if len(content) != manifest.weights.size_bytes:
         raise BundleError(
-            f"{path / WEIGHTS_FILE} has another size than the {manifest.weights.size_bytes} bytes "
-            f"that {MANIFEST_FILE} states; copy the bundle again"
+            f"{path / WEIGHTS_FILE} has {len(content)} bytes, but {MANIFEST_FILE} states "
+            f"{manifest.weights.size_bytes}; copy the bundle again"
         )
     digest = hashlib.sha256(content).hexdigest()
     if digest != manifest.weights.sha256:
@@ -214,23 +219,28 @@ def is_bundle(path: Path) -> bool:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST_FILE
     content = _read_file(file, _MANIFEST_LIMIT_BYTES)
-    if len(content) > _MANIFEST_LIMIT_BYTES:
-        raise BundleError(f"{file} is larger than {_MANIFEST_LIMIT_BYTES} bytes")
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
         reasons = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'content'}: {item['msg']}"
-            for item in error.errors(include_url=False)
+            for item in error.errors(include_url=False, include_input=False)[:5]
         )
         raise BundleError(f"{file} is not a valid manifest: {reasons}") from error
 
 
 def _read_file(file: Path, limit_bytes: int) -> bytes:
-    """Return a file's content, or its first limit_bytes + 1 bytes, so that nothing huge is read."""
+    """Return the content of a regular file that is not larger than a limit."""
     try:
-        with file.open("rb") as stream:
-            return stream.read(limit_bytes + 1)
+        # Without O_NONBLOCK, opening a FIFO would wait for its writer.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{file} is not a regular file")
+            if status.st_size > limit_bytes:
+                raise BundleError(f"{file} is larger than {limit_bytes} bytes")
+            return stream.read()
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}; is it a bundle?") from error
 
@@ -252,6 +262,8 @@ def _build(description: Description, state: dict[str, Tensor]) -> nn.Module:
             model = build_model(description.architecture.name, description.architecture.arguments)
     except ModelError as error:
         raise BundleError(str(error)) from error
+    except (RuntimeError, TypeError) as error:  # what torch makes of a size beyond memory
+        raise BundleError(f"the architecture's arguments are too large: {error}") from error
     expected: dict[str, Any] = model.state_dict()
     for problem, keys in (
         ("misses", expected.keys() - state.keys()),
@@ -268,11 +280,11 @@ def _build(description: Description, state: dict[str, Tensor]) -> nn.Module:
             )
         if not value.isfinite().all():
             raise BundleError(f"tensor {key!r} holds values that are not finite")
-        if key.endswith("running_var") and (value < 0).any():
-            raise BundleError(f"tensor {key!r} holds a negative variance")
+        if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
+            raise BundleError(f"tensor {key!r} holds negative values")
     try:
         shape = tuple(model.eval()(torch.empty(1, *description.input.shape, device="meta")).shape)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise BundleError(
             f"the model refuses an input of shape {(1, *description.input.shape)}: {error}"
         ) from error

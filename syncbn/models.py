@@ -1,6 +1,7 @@
 """Architectures by name: what a configuration or a bundle may ask for."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -85,7 +86,7 @@ def _check_argument(name: str, key: str, value: object, expected: Any) -> None:
             raise ModelError(f"{where} must be one of {', '.join(choices)}, got {value!r}")
     elif isinstance(value, bool) or not isinstance(value, int if expected is int else int | float):
         raise ModelError(f"{where} must be of type {expected.__name__}, got {value!r}")
-    elif value < (expected is int):
-        raise ModelError(
-            f"{where} must be {'positive' if expected is int else '0 or more'}, got {value!r}"
-        )
+    elif expected is int and value < 1:
+        raise ModelError(f"{where} must be positive, got {value!r}")
+    elif expected is float and not 0 <= value < math.inf:
+        raise ModelError(f"{where} must be 0 or more, and finite, got {value!r}")

@@ -1,9 +1,12 @@
 """The models, what they take and give, and their answers."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
-from service.errors import BodyTooLargeError, InvalidRequestError
+from service.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
 from service.inference import DataPlane, model_metadata
 from service.schemas import (
     InferenceRequest,
@@ -12,6 +15,7 @@ from service.schemas import (
     ModelMetadata,
     ModelReady,
 )
+from service.settings import Settings
 
 router = APIRouter(prefix="/v2/models", tags=["models"])
 
@@ -43,7 +47,8 @@ async def model_ready(request: Request, name: str) -> ModelReady:
 @router.post("/{name}/infer", response_model_exclude_none=True)
 async def infer(request: Request, name: str) -> InferenceResponse:
     """Return a model's outputs for one sample or a batch of them, in JSON tensors."""
-    body = await _read_body(request, request.app.state.settings.max_body_bytes)
+    _data_plane(request).registry.get(name)  # an unknown model costs no body
+    body = await _read_body(request, request.app.state.settings)
     try:
         parsed = InferenceRequest.model_validate_json(body)
     except ValidationError as error:
@@ -55,13 +60,19 @@ async def infer(request: Request, name: str) -> InferenceResponse:
     return await _data_plane(request).infer(name, parsed)
 
 
-async def _read_body(request: Request, limit_bytes: int) -> bytes:
+async def _read_body(request: Request, settings: Settings) -> bytes:
     """Return the raw body; clients of the protocol do not always state a content type."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise BodyTooLargeError(
-                f"the body is larger than {limit_bytes} bytes; send fewer samples"
-            )
+    limit_bytes, body = settings.max_body_bytes, bytearray()
+    try:
+        async with asyncio.timeout(settings.timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise BodyTooLargeError(
+                        f"the body is larger than {limit_bytes} bytes; send fewer samples"
+                    )
+    except TimeoutError:
+        raise BodyTimeoutError(f"the body took longer than {settings.timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise BodyTimeoutError("the client went away before the end of the body") from None
     return bytes(body)

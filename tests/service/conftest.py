@@ -54,6 +54,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(models: Path) -> Generator[TestClient]:
-    app = create_app(Settings(models=models, max_body_bytes=100_000))
+    app = create_app(Settings(models=models, max_body_bytes=100_000, max_batch_size=100))
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client

@@ -12,6 +12,7 @@ def test_directory_of_bundles_is_loaded_under_their_names(tmp_path: Path) -> Non
     write_small_bundle(tmp_path / "b", "beta")
     write_small_bundle(tmp_path / "a", "alpha")
     (tmp_path / "notes").mkdir()
+    write_small_bundle(tmp_path / ".a.being-written", "alpha")
     registry = load_registry(tmp_path)
     assert registry.names() == ["alpha", "beta"]
     assert registry.get("beta").manifest.name == "beta"
@@ -41,5 +42,5 @@ def test_equal_names_are_refused(tmp_path: Path) -> None:
 def test_damaged_bundle_is_refused_by_its_path(tmp_path: Path) -> None:
     write_small_bundle(tmp_path / "a", "alpha")
     (tmp_path / "a" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(BundleError, match=r"a/model.safetensors has another size"):
+    with pytest.raises(BundleError, match=r"a/model.safetensors has 0 bytes"):
         load_registry(tmp_path)

@@ -162,6 +162,11 @@ def _flip_a_bit(bundle: Path) -> None:
     (bundle / "model.safetensors").write_bytes(content)
 
 
+def _replace_weights_by_fifo(bundle: Path) -> None:
+    (bundle / "model.safetensors").unlink()
+    os.mkfifo(bundle / "model.safetensors")
+
+
 def _state(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
     return build_model("cnn", ARGUMENTS).state_dict() | changes
 
@@ -185,7 +190,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "zero std": (
         _edit(preprocessing={"scale": 1.0, "mean": [0.0, 0.0], "std": [1.0, 0.0]}),
-        "preprocessing.std.1: Input should be greater than 0",
+        "preprocessing.std.1: Input should be greater than",
     ),
     "too few means": (
         _edit(preprocessing={"scale": 1.0, "mean": [0.0], "std": [1.0]}),
@@ -199,16 +204,49 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         _edit(architecture={"name": "cnn", "arguments": ARGUMENTS | {"width": 10**7}}),
         "tensor '0.weight' should be",
     ),
+    "impossible size": (
+        _edit(architecture={"name": "cnn", "arguments": ARGUMENTS | {"width": 2**31 - 1}}),
+        "tensor '0.weight' should be|too large",
+    ),
+    "unbounded size": (
+        _edit(architecture={"name": "cnn", "arguments": ARGUMENTS | {"width": 10**30}}),
+        r"argument 'width' of architecture 'cnn' must be of type int, got 1e\+30",
+    ),
+    "flat input": (
+        _edit(input={"name": "image", "shape": [2, 8], "dtype": "float32"}),
+        "refuses an input of shape",
+    ),
+    "unbounded input": (
+        _edit(input={"name": "image", "shape": [2, 10**30, 8], "dtype": "float32"}),
+        "input.shape.1: Input should be less than",
+    ),
+    "overflowing preprocessing": (
+        _edit(preprocessing={"scale": 1e300, "mean": [0.0, 0.0], "std": [1.0, 1.0]}),
+        "preprocessing.scale: Input should be less than",
+    ),
+    "negative file size": (
+        _edit(weights={"file": "model.safetensors", "sha256": "0" * 64, "size_bytes": -2}),
+        "weights.size_bytes: Input should be greater than or equal to 0",
+    ),
+    "unbounded file size": (
+        _edit(weights={"file": "model.safetensors", "sha256": "0" * 64, "size_bytes": 10**18}),
+        "weights.size_bytes: Input should be less than",
+    ),
+    "FIFO": (_replace_weights_by_fifo, "model.safetensors is not a regular file"),
+    "longer than stated": (
+        lambda b: (b / "model.safetensors").write_bytes(b"1" * 10_000),
+        "model.safetensors is larger than",
+    ),
     "flipped bit": (_flip_a_bit, "has SHA-256 .* copy the bundle again"),
     "truncated": (
         lambda b: (b / "model.safetensors").write_bytes(b"123"),
-        "another size than the .* bytes",
+        "has 3 bytes, but bundle.json states",
     ),
     "no safetensors": (_replace_weights(b"\x80\x04pickle"), "not a safetensors file"),
     "superfluous tensor": (_replace_weights(_state(more=torch.ones(1))), "unknown tensors more"),
     "negative variance": (
         _replace_weights(_state(**{"1.running_var": -torch.ones(4)})),
-        "'1.running_var' holds a negative variance",
+        "'1.running_var' holds negative values",
     ),
 }
 

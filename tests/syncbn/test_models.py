@@ -36,7 +36,7 @@ def test_convolutions_have_a_bias_only_without_batch_normalization(norm: str, la
         ("cnn", {**SIZES, "width": 2.5}, "'width' .* must be of type int, got 2.5"),
         ("cnn", {**SIZES, "width": True}, "'width' .* must be of type int, got True"),
         ("cnn", {**SIZES, "width": 0}, "'width' .* must be positive, got 0"),
-        ("cnn", {**SIZES, "eps": -1.0}, "'eps' .* must be 0 or more, got -1.0"),
+        ("cnn", {**SIZES, "eps": -1.0}, "'eps' .* must be 0 or more, and finite, got -1.0"),
         ("cnn", {**SIZES, "norm": "layer"}, "'norm' .* must be one of batch, none, got 'layer'"),
     ],
 )
