@@ -19,6 +19,7 @@ from syncbn.train.config import config_dir, explain, register_schemas, to_config
 from syncbn.train.run_directory import RunDirectory, open_run_directory
 
 _STOP_TIMEOUT_S = 30
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 def main() -> None:
@@ -54,12 +55,13 @@ def launch(run: RunDirectory, nproc: int) -> None:
     # As torchrun would choose, but sharing all cores, and without its warning.
     threads = max(1, (os.cpu_count() or 1) // nproc)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    previous = {number: signal.signal(number, _exit_on_signal) for number in _STOP_SIGNALS}
     ranks = subprocess.Popen(command, env=environment)
     try:
         code = ranks.wait()
-    finally:  # Ctrl-C, SIGTERM: the ranks must not outlive this process
-        signal.signal(signal.SIGTERM, previous)
+    finally:  # Ctrl-C, or one of the signals: the ranks must not outlive this process
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         if ranks.poll() is None:
             _stop(ranks)
     if code != 0:

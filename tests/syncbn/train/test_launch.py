@@ -136,25 +136,39 @@ def _processes_naming(text: str) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
-def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_path: Path) -> None:
-    run_dir = tmp_path / "stopped"
-    overrides = [*SHORT[1:], "epochs=8", f"run_dir={run_dir}"]
-    launcher = subprocess.Popen([*TRAIN, *overrides], cwd=tmp_path, stderr=subprocess.DEVNULL)
+def _stop_after_an_epoch(overrides: list[str], run_dir: Path, number: signal.Signals) -> None:
+    """Start a job, send its launcher a signal after the first epoch, and see all of it end."""
+    launcher = subprocess.Popen([*TRAIN, *overrides], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoint.pt").exists():
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    os.kill(launcher.pid, signal.SIGTERM)
-    assert launcher.wait(60) == 128 + signal.SIGTERM
+    os.kill(launcher.pid, number)
+    assert launcher.wait(60) == 128 + number
     while _processes_naming(str(run_dir)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert not (run_dir / "bundle").exists()
 
+
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+
+
+@NEEDS_PROC
+def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "stopped"
+    overrides = [*SHORT[1:], "epochs=8", f"run_dir={run_dir}"]
+    _stop_after_an_epoch(overrides, run_dir, signal.SIGTERM)
     result = run([*TRAIN, *overrides], tmp_path)
     assert result.returncode == 0, result.stdout
     assert "resuming after epoch" in result.stdout
     epochs = [int(line["epoch"]) for line in RunDirectory(run_dir).read_metrics()]
     assert epochs == list(range(1, 9))
+
+
+@NEEDS_PROC
+def test_closing_the_terminal_stops_the_ranks(tmp_path: Path) -> None:
+    run_dir = tmp_path / "closed"
+    overrides = [*SHORT[1:], "epochs=50", f"run_dir={run_dir}"]
+    _stop_after_an_epoch(overrides, run_dir, signal.SIGHUP)
