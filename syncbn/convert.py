@@ -1,68 +1,143 @@
-"""Turning a model's batch normalization into `SyncBatchNorm`."""
+"""Turning a model's batch normalization into `SyncBatchNorm`, and back."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from syncbn.errors import ConversionError
-from syncbn.layers import SyncBatchNorm
+from syncbn.layers import SyncBatchNorm, adopt
 
-_CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+_BASE = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
+
+
+class BatchNorm(_BASE):
+    """Unsynchronised batch normalization of inputs (N, C, *) with any number of dimensions.
+
+    What `revert_sync_batchnorm` makes of a layer that was a `SyncBatchNorm` from the start.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of shape (N, C, *), got {tuple(input.shape)}")
 
 
 def convert_sync_batchnorm(
-    module: nn.Module, process_group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    only: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Replace every BatchNorm1d, 2d, 3d and `torch.nn.SyncBatchNorm` by a `SyncBatchNorm`.
+    """Turn every batch normalization of a model into a `SyncBatchNorm`, in place.
 
-    The new layers hold the very parameters and buffers of the old ones, so that an optimizer made
-    before stays valid; a layer used in two places stays one layer. Does not communicate.
+    Converts BatchNorm1d, 2d and 3d, their lazy forms, `torch.nn.SyncBatchNorm`, and timm's
+    BatchNormAct2d with its activation; also subclasses that leave `forward` alone or call
+    `super().forward(...)` in theirs. The modules stay the same objects and change class, so that
+    parameters, buffers, hooks, attributes, modes, parametrizations, and whatever else refers to
+    them stay valid. A layer that is synchronised already keeps its process group unless one is
+    given. Does not communicate.
 
     Args:
-        module: the model; its children are replaced in place.
+        model: the model, or a batch normalization itself.
         process_group: the replicas to synchronise with; None means the default group.
+        only: called with a layer's qualified name and the layer; False leaves it as it is.
 
     Returns:
-        The module, or its replacement if it is a batch normalization itself.
+        The model.
 
     Raises:
-        ConversionError: a layer is a subclass of batch normalization with behaviour of its own,
-            which replacing it would drop, or is lazy and has no parameters yet. Nothing has been
-            changed then.
+        ConversionError: a layer's class has a `forward` of its own that converting would drop.
+            Nothing has been changed then.
     """
-    for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not (  # pyright: ignore[reportPrivateUsage] -- the public subclasses have no other common base
-            type(child) in _CONVERTED or isinstance(child, SyncBatchNorm)
-        ):
-            raise ConversionError(
-                f"cannot convert {name!r}: {type(child).__name__} is not one of "
-                f"{', '.join(cls.__name__ for cls in _CONVERTED)}, and replacing it would drop "
-                "what it does beyond them; replace it yourself, or, if lazy, pass a batch first"
-            )
-    return _convert(module, process_group, {})
+    chosen = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BASE) and (only is None or only(name, module))
+    ]
+    classes = [_synchronised(name, module) for name, module in chosen]
+    for (_, module), synchronised in zip(chosen, classes, strict=True):
+        if type(module) is not synchronised:
+            module.__dict__.setdefault("process_group", None)
+            module.__dict__["_reverts_to"] = type(module)
+            module.__class__ = synchronised  # pyright: ignore[reportAttributeAccessIssue] -- a subclass of the batch normalization's
+            assert isinstance(module, SyncBatchNorm)
+            adopt(module)
+        if process_group is not None:
+            module.__dict__["process_group"] = process_group
+    return model
 
 
-def _convert(
-    module: nn.Module, process_group: dist.ProcessGroup | None, done: dict[int, nn.Module]
-) -> nn.Module:
-    if id(module) in done:
-        return done[id(module)]
-    done[id(module)] = module
-    if type(module) in _CONVERTED:
-        assert isinstance(module, nn.modules.batchnorm._BatchNorm)  # pyright: ignore[reportPrivateUsage] -- as above
-        done[id(module)] = _replacement(module, process_group)
-    else:
-        for name, child in list(module._modules.items()):  # pyright: ignore[reportPrivateUsage] -- named_children() skips the second place of a shared module
-            if child is not None:
-                setattr(module, name, _convert(child, process_group, done))
-    return done[id(module)]
+def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Undo `convert_sync_batchnorm`, in place: every layer gets the class back that it had.
+
+    A layer that was built as a `SyncBatchNorm` becomes a `BatchNorm`, which computes on each
+    replica's own batch. Parameters, buffers, hooks and modes stay. Does not communicate.
+
+    Args:
+        model: the model, or a layer itself.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        if isinstance(module, SyncBatchNorm):
+            original: type[nn.Module] = module.__dict__.pop("_reverts_to", BatchNorm)
+            if issubclass(original, _LAZY) and not parametrize.is_parametrized(module):
+                pending = any(is_lazy(tensor) for tensor in _tensors(module))
+                # Once it has seen a batch, it is what lazy layers become.
+                original = original if pending else original.cls_to_become  # pyright: ignore[reportAssignmentType] -- torch types it as any class
+            if not issubclass(original, nn.SyncBatchNorm):
+                del module.__dict__["process_group"]
+            del module.__dict__["_memory"]
+            module.__class__ = original  # pyright: ignore[reportAttributeAccessIssue] -- the class that the module had
+    return model
 
 
-def _replacement(
-    old: nn.modules.batchnorm._BatchNorm,  # pyright: ignore[reportPrivateUsage] -- as above
-    process_group: dist.ProcessGroup | None,
-) -> SyncBatchNorm:
-    new = SyncBatchNorm.__new__(SyncBatchNorm)
-    # All state at once: parameters, buffers, hooks, mode, and whatever a user attached.
-    new.__dict__.update(old.__dict__)
-    new.process_group = process_group
-    return new
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _synchronised(name: str, module: nn.Module) -> type[nn.Module]:
+    """Return the class that a batch normalization becomes."""
+    kind = type(module)
+    if kind in _PLAIN or kind is BatchNorm:
+        return SyncBatchNorm
+    if issubclass(kind, SyncBatchNorm):
+        return kind
+    attributes: dict[str, Any] = {}
+    forward: Any = kind.forward
+    if kind in _LAZY:
+        attributes["cls_to_become"] = SyncBatchNorm
+    elif forward in (_BASE.forward, nn.SyncBatchNorm.forward):
+        attributes["forward"] = SyncBatchNorm.forward
+    elif kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        attributes["forward"] = _forward_with_activation
+    elif not _delegates(forward):
+        raise ConversionError(
+            f"cannot convert {name!r}: {kind.__name__} has a forward of its own that does not call "
+            "super().forward(), and converting would drop what it does; leave the layer out with "
+            "only=…, or replace it yourself"
+        )
+    # The layer's own class first: all that it overrides stays in force, and its super() is ours.
+    return type(f"Sync{kind.__name__}", (kind, SyncBatchNorm), attributes)
+
+
+def _delegates(forward: Any) -> bool:
+    """Return whether a method leaves the normalising to its superclass."""
+    code = inspect.unwrap(forward).__code__
+    return (
+        "super" in code.co_names
+        and "forward" in code.co_names
+        and "batch_norm" not in code.co_names
+    )
+
+
+def _forward_with_activation(self: Any, input: Tensor) -> Tensor:
+    return self.act(self.drop(SyncBatchNorm.forward(self, input)))

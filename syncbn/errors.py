@@ -12,6 +12,10 @@ class InputError(SyncBNError, ValueError):
     """A tensor or an argument given to a layer does not fit it."""
 
 
+class ReplicaError(SyncBNError, RuntimeError):
+    """The replicas did not all make the same call, or one of them is gone."""
+
+
 class ConversionError(SyncBNError, TypeError):
     """A module cannot be converted without losing behaviour of its own."""
 

@@ -1,15 +1,21 @@
 """`SyncBatchNorm`: the layer that holds parameters and running statistics around `functional`."""
 
-from typing import Any
+import copy
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
+from syncbn.collectives import SingleReplica, select_reducer
 from syncbn.errors import InputError
-from syncbn.functional import sync_batch_norm
+from syncbn.functional import normalize_with_memory
+from syncbn.kernels import ReferenceKernels
 from syncbn.moments import Moments
+from syncbn.reduction import Call, Memory, refuse
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
@@ -42,6 +48,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithms 1 and 2.
     """
 
+    _memory: Memory
+
     def __init__(
         self,
         num_features: int,
@@ -61,6 +69,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if not bias:  # torch 2.11 has no such argument to pass on
             self.register_parameter("bias", None)
         self.process_group = process_group
+        adopt(self)
 
     def reset_parameters(self) -> None:
         """Set weight to 1, bias to 0, and the running statistics to those of no batch."""
@@ -72,31 +81,53 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, of the same shape, dtype and memory format."""
         self._check_input_dim(input)
+        self._check_input(input)
         if not self.training:
-            # Without tracked statistics the batch's own stand in, unsynchronised: torch's rule.
-            use_batch = self.running_mean is None or self.running_var is None
-            return functional.batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                use_batch,
-                0.0,
-                self.eps,
-            )
-        output, moments = sync_batch_norm(
-            input, self.weight, self.bias, eps=self.eps, process_group=self.process_group
+            return self._evaluate(input)
+        _refuse_join()
+        output, moments, replayed = normalize_with_memory(
+            input, self.weight, self.bias, self.eps, select_reducer(self._group()), self._memory
         )
-        if self.track_running_stats:
+        if self.track_running_stats and not replayed:
             self._track(moments)
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
+        """Accept any input; a converted layer's own class may be stricter."""
+
+    def _check_input(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise InputError(
-                f"expected an input of shape (N, {self.num_features}, *), got {tuple(input.shape)}"
+            reason = f"expected an input of shape (N, {self.num_features}, *), got "
+            reason += f"{tuple(input.shape)}"
+        elif not input.is_floating_point():
+            reason = f"expected a floating-point input, got {input.dtype}; convert it first"
+        else:
+            return
+        if self.training:
+            call = Call(select_reducer(self._group()), self._memory, self.num_features, input.dtype)
+            refuse(call, input.device, reason)
+        raise InputError(reason)
+
+    def _evaluate(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if mean is None or variance is None:
+            # The batch's own statistics stand in, unsynchronised: torch's rule.
+            return normalize_with_memory(
+                input, self.weight, self.bias, self.eps, SingleReplica(), None
+            )[0]
+        parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
+        dtypes = {parameter.dtype for parameter in parameters}
+        if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # What the backward pass will read must not change when a later forward, or DDP,
+                # writes the buffers.
+                mean, variance = mean.clone(), variance.clone()
+            return functional.batch_norm(
+                input, mean, variance, self.weight, self.bias, False, 0.0, self.eps
             )
+        # torch's kernels want parameters of one dtype that fits the input's.
+        invstd = torch.rsqrt(variance.double() + self.eps)
+        return ReferenceKernels().normalize(input, mean.double(), invstd, self.weight, self.bias)
 
     @torch.no_grad()
     def _track(self, moments: Moments) -> None:
@@ -122,3 +153,85 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         ):
             moved = running.double() * (1 - momentum) + batch * momentum
             running.copy_(torch.where(seen, moved, running.double()))
+
+    def _group(self) -> dist.ProcessGroup | None:
+        group = self.process_group
+        if not isinstance(group, RanksOfGroup):
+            return group
+        if not (dist.is_available() and dist.is_initialized()):
+            raise InputError(
+                f"this layer was pickled with a process group of the ranks {list(group.ranks)}, "
+                "and torch.distributed is not initialised; set its process_group, or use eval mode"
+            )
+        if list(group.ranks) != list(range(dist.get_world_size())):
+            raise InputError(
+                f"this layer was pickled with a process group of the ranks {list(group.ranks)}; "
+                "process groups cannot be pickled: set its process_group to one of those ranks"
+            )
+        return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._memory.move(_device(self))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A process group stands for connections, which a copy shares.
+        memo[id(self.process_group)] = self.process_group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        state = {name: value for name, value in self.__dict__.items() if name != "_memory"}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        adopt(twin, self._memory.shift.clone())
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_memory"] = self._memory.shift
+        if self.process_group is not None and not isinstance(self.process_group, RanksOfGroup):
+            ranks = dist.get_process_group_ranks(self.process_group)
+            state["process_group"] = RanksOfGroup(tuple(ranks))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        adopt(self, state["_memory"])
+
+
+@dataclass(frozen=True)
+class RanksOfGroup:
+    """What is left of a process group in a pickled layer: the global ranks of its members."""
+
+    ranks: tuple[int, ...]
+
+
+def adopt(layer: SyncBatchNorm, shift: Tensor | None = None) -> None:
+    """Give a layer, new or converted or copied, the memory that its forward needs."""
+    memory = Memory(layer.num_features, _device(layer), layer)
+    if shift is not None:
+        memory.shift = shift
+    layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class; torch types attributes as tensors or modules
+
+
+def _device(layer: SyncBatchNorm) -> torch.device:
+    for tensor in (layer.running_mean, layer.weight):
+        if tensor is not None:  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _refuse_join() -> None:
+    """Raise where DDP's join() is active: ranks that ran out would not take part in our sums."""
+    if torch.compiler.is_compiling():
+        return
+    wrapper = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+    if wrapper is None:
+        return
+    join = wrapper._join_config  # pyright: ignore[reportPrivateUsage] -- as above
+    if join.enable and not join.throw_on_early_termination:
+        raise InputError(
+            "a synchronised batch normalization cannot run under join(): a rank that has run out "
+            "of batches would leave the others waiting for its statistics; pass "
+            "throw_on_early_termination=True to stop all ranks then, or, instead of join(), let "
+            "such a rank go on with empty batches, such as x[:0], which change nothing"
+        )

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Totals fit in 40 of float64's 53 bits of whole numbers; the other 13 tell whether shifts agree.
+# A whole number, because torch.compile takes a global float for an input that may change.
+COUNT_LIMIT = 2**40
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -82,3 +86,40 @@ def from_summable(vector: Tensor, shift: Tensor | None = None) -> Moments:
     m2 = (second - first * offset).clamp(min=0)
     mean = offset if shift is None else torch.where(count > 0, offset + shift, offset)
     return Moments(count, mean, m2)
+
+
+def add_fingerprint(vector: Tensor, shift: Tensor | None, rank: int, world_size: int) -> Tensor:
+    """Return a vector of `to_summable` whose sum shows whether all ranks used the same shift.
+
+    Adds aᵣ·h·2⁴⁰ to the count, with h a hash of the shift's bits and Σaᵣ = 0: (W − 1) for rank 0,
+    −1 for the others. Equal shifts cancel exactly, in any order of summation; others leave a sum
+    outside [0, 2⁴⁰), on which every rank decides alike. h has 13 − ⌈log₂ W⌉ bits, so that unequal
+    shifts pass unnoticed in one call out of 4096 (W = 2) to one of 2 (W = 4096); beyond there is
+    no room for a fingerprint. It is the second line of defence: the first is that a shift is the
+    result of an earlier sum, hence the same on every rank.
+
+    Args:
+        vector: shape (2C + 1,), float64, made with the shift.
+        shift: K, shape (C,), float64; None for 0.
+        rank: this replica's number in its group.
+        world_size: W.
+    """
+    bits = 13 - (world_size - 1).bit_length()
+    if shift is None or bits <= 0:
+        return vector
+    # Any changed bit changes the sum of all bits, modulo 2⁶⁴; the multiplier, 2⁶⁴ divided by the
+    # golden ratio, spreads the change into the leading bits, which are the ones kept.
+    mixed = shift.view(torch.int64).sum() * -7046029254386353131
+    fingerprint = (mixed >> (64 - bits)) & ((1 << bits) - 1)
+    share = (world_size - 1 if rank == 0 else -1) * COUNT_LIMIT
+    return torch.cat([vector[:1] + share * fingerprint, vector[1:]])
+
+
+def checked_count(vector: Tensor) -> Tensor:
+    """Return the summed vector with NaN for its count where that is none, see `add_fingerprint`.
+
+    NaN spreads to all moments: for devices on which looking at the count makes the host wait.
+    """
+    count = vector[:1]
+    valid = (count >= 0) & (count < COUNT_LIMIT)
+    return torch.cat([torch.where(valid, count, torch.nan), vector[1:]])

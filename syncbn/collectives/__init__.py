@@ -15,8 +15,18 @@ class Reducer(Protocol):
     """Adds a vector up over all replicas."""
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of the replicas; None for a replica alone."""
+        ...
+
+    @property
     def world_size(self) -> int:
         """How many replicas take part."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This replica's number, from 0."""
         ...
 
     def sum(self, vector: Tensor) -> Tensor:
@@ -30,7 +40,9 @@ class Reducer(Protocol):
 class SingleReplica:
     """The reducer of a world of one: the vector is the sum already, nothing is sent."""
 
+    group = None
     world_size = 1
+    rank = 0
 
     def sum(self, vector: Tensor) -> Tensor:
         """Return the vector itself."""
@@ -44,8 +56,11 @@ def select_reducer(process_group: dist.ProcessGroup | None) -> Reducer:
         process_group: None means the default group, or a single replica where
             `torch.distributed` is not initialised.
     """
-    if process_group is None and not (dist.is_available() and dist.is_initialized()):
-        return SingleReplica()
+    if process_group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return SingleReplica()
+        process_group = dist.group.WORLD
+    assert process_group is not None  # the default group exists once initialised
     if dist.get_world_size(process_group) <= 1:
         return SingleReplica()
     return ProcessGroupReducer(process_group)

@@ -94,5 +94,5 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
 
 def _center(x: Tensor, mean: Tensor) -> _Centered:
     """Return x − head as a fresh tensor, with head = mean in the compute dtype, and rest."""
-    head = mean.to(_compute_dtype(x))
+    head = mean.detach().to(_compute_dtype(x))  # the rest carries the mean's gradient
     return _Centered(x - _per_channel(head, x), mean - head.double())

@@ -17,13 +17,16 @@ class Case:
         shapes: each rank's input shape, (N, CHANNELS, *); N may be 0 and spatial sizes may differ.
         dtype: of inputs and upstream gradients.
         options: keyword arguments of the layer.
-        layout: contiguous, or channels_last for 4-D shapes.
+        layout: contiguous, channels_last for 4-D shapes, channels_last_3d for 5-D ones, or None for
+            the strides of a slice of something larger.
+        parameters: the layer's dtype; None for float32, or float64 with float64 inputs.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
     options: dict[str, Any] = field(default_factory=dict[str, Any])
-    layout: torch.memory_format = torch.contiguous_format
+    layout: torch.memory_format | None = torch.contiguous_format
+    parameters: torch.dtype | None = None
     steps: int = 3
 
     def share(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,13 @@ class Case:
             for _ in range(2)
         )
         x = (2 * x + 1 + rank).to(self.dtype)  # the ranks' means differ
+        if self.layout is None:
+            return torch.stack([x, x + 1], dim=-1)[..., 0], dy.to(self.dtype)
         return x.contiguous(memory_format=self.layout), dy.to(self.dtype)
+
+    def layer_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of parameters and statistics where inputs have a dtype."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def in_one_process(case: Case, dtype: torch.dtype, reverse: bool = False) -> Out
     """
     layer = nn.BatchNorm1d(CHANNELS, **case.options)
     initialize(layer)
-    layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    layer.to(case.parameters).to(case.layer_dtype(dtype))
     ys: list[Tensor] = []
     dxs: list[Tensor] = []
     for step in range(case.steps):

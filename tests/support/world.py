@@ -30,12 +30,16 @@ class WorldError(Exception):
 
 
 def run_world(
-    world_size: int, function: Callable[..., T], *args: Any, deadline_s: float = 60
+    world_size: int,
+    function: Callable[..., T],
+    *args: Any,
+    deadline_s: float = 60,
+    grace_s: float = 0,
 ) -> list[T]:
     """Call function(*args) on each rank of a gloo process group; return the results by rank.
 
     The function must be importable and its result picklable. Ranks that are left when one fails,
-    or at the deadline, are killed.
+    or at the deadline, are killed; `grace_s` later, for those that shall react to the failure.
 
     Raises:
         WorldError: for the first rank that failed.
@@ -59,7 +63,9 @@ def run_world(
                 process.join(max(0.0, deadline - time.monotonic()))
             return results
         finally:
+            latest = min(deadline, time.monotonic() + grace_s)
             for process in ranks:
+                process.join(max(0.0, latest - time.monotonic()))
                 process.kill()
                 process.join()
 
@@ -101,6 +107,7 @@ def _be_rank(
             world_size=world_size,
             timeout=timedelta(seconds=deadline_s),
         )
+        dist.barrier()  # a rank that finishes before another has connected would break its start
         message = (True, function(*args))
     except BaseException:  # whatever it was, the parent shall hear of it
         message = (False, traceback.format_exc())

@@ -1,0 +1,336 @@
+"""From one replica's moments and sums to those of all replicas: sent, checked, remembered."""
+
+import gc
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncbn.collectives import Reducer, select_reducer
+from syncbn.collectives.agreement import require_agreement
+from syncbn.errors import InputError, ReplicaError
+from syncbn.moments import (
+    COUNT_LIMIT,
+    Moments,
+    add_fingerprint,
+    checked_count,
+    from_summable,
+    to_summable,
+)
+
+DEBUG_VARIABLE = "SYNCBN_DEBUG_TIMEOUT_S"
+# How long to wait for the other ranks' account of what they are doing, once something is wrong.
+_ACCOUNT_TIMEOUT_S = 30.0
+
+
+@dataclass(eq=False)
+class Reduction:
+    """One forward's reduction.
+
+    Attributes:
+        local: what this replica put in.
+        moments: of the whole batch.
+        replayed: whether the moments are those of an earlier reduction, found by `Memory.recall`.
+    """
+
+    local: Moments
+    moments: Moments
+    replayed: bool = False
+
+
+class Memory:
+    """What one layer remembers from call to call: its shift, and the reductions still in use.
+
+    Attributes:
+        shift: K, shape (C,), float64: the mean of the latest batch, near which sums cancel least.
+            The same on every rank, because it came out of an all-reduce.
+        layer: whose memory this is, to name it in errors; None for none.
+    """
+
+    def __init__(self, channels: int, device: torch.device, layer: nn.Module | None = None) -> None:
+        self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.layer = None if layer is None else weakref.ref(layer)
+        self._reductions: weakref.WeakSet[Reduction] = weakref.WeakSet()
+
+    def move(self, device: torch.device) -> None:
+        """Take the shift to another device; from the meta device, which has no values, to 0."""
+        if self.shift.is_meta:
+            self.shift = torch.zeros_like(self.shift, device=device)
+        self.shift = self.shift.to(device)
+
+    def shift_for(self, mean: Tensor) -> Tensor:
+        """Return the shift for a batch whose mean has this shape and device."""
+        if self.shift.shape != mean.shape or self.shift.device != mean.device:
+            self.shift = torch.zeros_like(mean)
+        return self.shift
+
+    def keep(self, reduction: Reduction) -> None:
+        """Remember a reduction for as long as someone else, its backward pass, holds it."""
+        self._reductions.add(reduction)
+
+    def recall(self, local: Moments) -> Reduction | None:
+        """Return the kept reduction that began with the same local moments.
+
+        Such a forward inside a backward pass is a repetition: activation checkpointing recomputes
+        what it did not store. Comparing makes the host wait for the device, then only.
+        """
+        for earlier in self._reductions:
+            if all(
+                torch.equal(mine, theirs)
+                for mine, theirs in zip(
+                    (local.count, local.mean, local.m2),
+                    (earlier.local.count, earlier.local.mean, earlier.local.m2),
+                    strict=True,
+                )
+            ):
+                return earlier
+        return None
+
+
+@dataclass
+class Call:
+    """One layer's call: who takes part, who remembers, and how to name it.
+
+    Attributes:
+        reducer: sums over the replicas.
+        memory: of the layer; None for a function call.
+        channels: C.
+        dtype: of the input.
+        reduction: what `global_moments` found, alive as long as the call.
+    """
+
+    reducer: Reducer
+    memory: Memory | None = None
+    channels: int = 0
+    dtype: torch.dtype = torch.float32
+    reduction: Reduction | None = None
+
+    def position(self, direction: str) -> str:
+        """Return what the calling rank is doing, as in "is at the forward of 'bn1' (...)"."""
+        layer = None if self.memory is None or self.memory.layer is None else self.memory.layer()
+        name = "sync_batch_norm()" if layer is None else repr(qualified_name(layer))
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"is at the {direction} of {name} ({self.channels} channels, {kind})"
+
+
+def global_moments(local: Moments, call: Call) -> Moments:
+    """Return the moments of all replicas' batches together, bit-identical on all of them.
+
+    Communicates: one all-reduce of 2C + 1 float64; none in a world of one, nor when activation
+    checkpointing repeats a forward.
+
+    Raises:
+        InputError: all replicas together hold a single value per channel.
+        ReplicaError: the replicas did not make the same call, or one is gone.
+    """
+    memory, reducer = call.memory, call.reducer
+    compiling = torch.compiler.is_compiling()
+    # A forward within a backward pass is most likely a recomputation, but need not be.
+    if memory is not None and not compiling and torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- as in torch.utils.checkpoint
+        earlier = memory.recall(local)
+        if earlier is not None:
+            call.reduction = Reduction(local, earlier.moments, replayed=True)
+            return earlier.moments
+    moments = local
+    if reducer.world_size > 1:
+        shift = torch.zeros_like(local.mean) if memory is None else memory.shift_for(local.mean)
+        if compiling:
+            moments = Moments(
+                *torch.ops.syncbn.global_moments(
+                    local.count, local.mean, local.m2, shift, _name(reducer)
+                )
+            )
+        else:
+            moments = _reduced(local, shift, call)
+        if memory is not None:
+            usable = (moments.count > 0) & moments.mean.isfinite()
+            shift.copy_(torch.where(usable, moments.mean, shift))
+    if memory is not None and not compiling:
+        call.reduction = Reduction(local, moments)
+        memory.keep(call.reduction)
+    return moments
+
+
+def _reduced(local: Moments, shift: Tensor, call: Call) -> Moments:
+    reducer = call.reducer
+    vector = add_fingerprint(to_summable(local, shift), shift, reducer.rank, reducer.world_size)
+    total = _sum(vector, call, "forward")
+    if total.device.type != "cpu":
+        return from_summable(checked_count(total), shift)
+    if 0 <= total[0].item() < COUNT_LIMIT:
+        return from_summable(total, shift)
+    # Where the calls differ, this raises on every rank.
+    _require_agreement(call, "forward")
+    if call.memory is None:
+        raise ReplicaError(
+            f"rank {reducer.rank} {call.position('forward')} in compiled code, where the ranks sum "
+            "about different shifts: they call different layers, or one rank alone reloaded its "
+            "layer; run once without torch.compile, which names the layer"
+        )
+    # All is well, and yet the shifts differ: one rank reloaded its layer, say. The sum about 0 is
+    # as right, if less exact, and all ranks remember the same mean afterwards.
+    return from_summable(_sum(to_summable(local), call, "forward"))
+
+
+def global_sum(vector: Tensor, call: Call) -> Tensor:
+    """Return the sum of all replicas' vectors, for the backward pass; bit-identical on all.
+
+    Communicates: one all-reduce of the vector; none in a world of one.
+
+    Raises:
+        ReplicaError: the replicas did not make the same call, or one is gone.
+    """
+    if call.reducer.world_size == 1:
+        return vector
+    if torch.compiler.is_compiling():
+        return torch.ops.syncbn.global_sum(vector, _name(call.reducer))
+    return _sum(vector, call, "backward")
+
+
+def refuse(call: Call, device: torch.device, reason: str) -> None:
+    """Let the other replicas know that this one refuses its input, so that they need not wait.
+
+    Communicates: takes part in the forward's all-reduce, with a count that is none; the others
+    raise a ReplicaError with the reason.
+    """
+    if call.reducer.world_size == 1 or torch.compiler.is_compiling():
+        return
+    assert call.reducer.group is not None
+    timeout_s = _debug_timeout_s()
+    if timeout_s is None:
+        nothing = torch.full((2 * call.channels + 1,), torch.nan, dtype=torch.float64)
+        call.reducer.sum(nothing.to(device))
+        if device.type != "cpu":
+            return
+    position = f"{call.position('forward')} and refuses its input: {reason}"
+    try:
+        require_agreement(call.reducer.group, position, timeout_s or _ACCOUNT_TIMEOUT_S)
+    except ReplicaError:
+        return  # as expected; the caller raises what is wrong here
+
+
+def _sum(vector: Tensor, call: Call, direction: str) -> Tensor:
+    if _debug_timeout_s() is not None:
+        _require_agreement(call, direction)
+    try:
+        return call.reducer.sum(vector)
+    except RuntimeError as error:
+        raise ReplicaError(
+            f"rank {call.reducer.rank} {call.position(direction)} and got no sum over the "
+            f"{call.reducer.world_size} ranks: {error}. A rank died, or did not call this layer; "
+            f"{DEBUG_VARIABLE}=60 in the environment makes every call say which"
+        ) from error
+
+
+def _require_agreement(call: Call, direction: str) -> None:
+    assert call.reducer.group is not None  # a replica alone has nobody to disagree with
+    timeout_s = _debug_timeout_s() or _ACCOUNT_TIMEOUT_S
+    require_agreement(call.reducer.group, call.position(direction), timeout_s)
+
+
+def _debug_timeout_s() -> float | None:
+    setting = os.environ.get(DEBUG_VARIABLE)
+    if not setting:
+        return None
+    try:
+        timeout_s = float(setting)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s < float("inf"):
+        raise InputError(
+            f"{DEBUG_VARIABLE} is {setting!r}; set it to a positive number of seconds, such as 60, "
+            "or unset it"
+        )
+    return timeout_s
+
+
+def require_two_values(count: Tensor, local_count: int, call: Call) -> None:
+    """Raise, on every rank, where all replicas together hold one value per channel.
+
+    Looking at the count makes the host wait for a GPU, so a replica that has two values, or none
+    beside it, does not look. In compiled code `syncbn::global_moments` looks.
+
+    Raises:
+        InputError: the count is 1.
+    """
+    if call.reducer.world_size == 1:
+        single = local_count == 1
+    elif torch.compiler.is_compiling() or local_count > 1:
+        single = False
+    elif count.is_cuda and torch.cuda.is_current_stream_capturing():
+        single = False  # looking is impossible while a CUDA graph is captured
+    else:
+        single = bool(count == 1)
+    if single:
+        raise _single_value()
+
+
+def _single_value() -> InputError:
+    return InputError(
+        "expected more than 1 value per channel over all replicas when training, got 1, whose "
+        "variance is undefined; use a larger batch, or eval mode"
+    )
+
+
+def qualified_name(layer: nn.Module) -> str:
+    """Return a layer's name within the outermost module that holds it, or its class's name.
+
+    For error messages: looks through all objects of the process, and does not communicate.
+    """
+    holders: dict[int, tuple[nn.Module, str]] = {}
+    for module in [thing for thing in gc.get_objects() if isinstance(thing, nn.Module)]:
+        for name, child in module.__dict__.get("_modules", {}).items():
+            if child is not None:
+                holders.setdefault(id(child), (module, name))
+    path: list[str] = []
+    module = layer
+    while id(module) in holders and len(path) < 100:  # should modules hold each other in a circle
+        module, name = holders[id(module)]
+        path.insert(0, name)
+    return ".".join(path) or type(layer).__name__
+
+
+def _name(reducer: Reducer) -> str:
+    assert reducer.group is not None  # a replica alone has nothing to sum
+    return reducer.group.group_name
+
+
+# What torch.compile puts into its graphs, where it may not look into the communication. The calls
+# have no layer's name there.
+@torch.library.custom_op("syncbn::global_moments", mutates_args=())
+def _global_moments(
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor, group_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Gives moments and not the sum, from which the compiler would compute them a second time in
+    # the backward pass, with the shift that the forward has overwritten by then.
+    moments = _reduced(Moments(count, mean, m2), shift, _compiled_call(mean, group_name))
+    if moments.count.device.type == "cpu" and moments.count == 1:
+        raise _single_value()
+    return moments.count.clone(), moments.mean, moments.m2
+
+
+@_global_moments.register_fake
+def _(
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor, group_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(count), torch.empty_like(mean), torch.empty_like(m2)
+
+
+@torch.library.custom_op("syncbn::global_sum", mutates_args=())
+def _global_sum(vector: Tensor, group_name: str) -> Tensor:
+    return _sum(vector, _compiled_call(vector[::2], group_name), "backward")
+
+
+@_global_sum.register_fake
+def _(vector: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(vector)
+
+
+def _compiled_call(per_channel: Tensor, group_name: str) -> Call:
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- a graph holds a group by its name
+    group: dist.ProcessGroup = resolve(group_name)
+    return Call(select_reducer(group), None, per_channel.numel(), per_channel.dtype)
