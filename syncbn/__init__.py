@@ -2,15 +2,21 @@
 
 from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.errors import SyncBNError
+from syncbn.fold import Folding, drop_redundant_bias, fold
 from syncbn.functional import sync_batch_norm
 from syncbn.layers import SyncBatchNorm
+from syncbn.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Folding",
     "SyncBNError",
     "SyncBatchNorm",
     "convert_sync_batchnorm",
+    "drop_redundant_bias",
+    "fold",
+    "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]
