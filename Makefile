@@ -24,7 +24,7 @@ test: install  ## lint, format check, types, import directions, tests
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 format: install  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix
