@@ -108,6 +108,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         require_two_values(moments.count, x[:, 0].numel(), call)
         invstd = torch.rsqrt(moments.variance() + eps)
         y = kernels.normalize(x, moments.mean, invstd, weight, bias)
+        if torch.compiler.is_compiling():
+            # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
+            # to the dtype that it has; the compiler fuses the copy away.
+            y = y.clone(memory_format=torch.preserve_format)
         return y, moments.count, moments.mean, moments.m2, invstd
 
     @staticmethod

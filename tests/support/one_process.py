@@ -69,6 +69,14 @@ def initialize(layer: nn.Module) -> None:
             parameter.copy_(1 + 0.3 * torch.randn(CHANNELS, generator=generator))
 
 
+def plain_norm(kind: type[nn.Module], *, bias: bool = True, **options: Any) -> nn.Module:
+    """Return a layer of torch's; `bias=False` is not an argument of theirs in torch 2.11."""
+    layer = kind(CHANNELS, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return layer
+
+
 def outcome(layer: nn.Module, y: list[Tensor], dx: list[Tensor]) -> Outcome:
     """Gather what a layer holds after its last step."""
     gradients = {
@@ -85,7 +93,7 @@ def in_one_process(case: Case, dtype: torch.dtype, reverse: bool = False) -> Out
     With `reverse`, the rows are summed in the opposite order, and returned in their own.
     Parameters and statistics are float64 for float64, else float32, as the layers under test have.
     """
-    layer = nn.BatchNorm1d(CHANNELS, **case.options)
+    layer = plain_norm(nn.BatchNorm1d, **case.options)
     initialize(layer)
     layer.to(case.parameters).to(case.layer_dtype(dtype))
     ys: list[Tensor] = []

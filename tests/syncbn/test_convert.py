@@ -14,10 +14,9 @@ from syncbn.errors import ConversionError
 
 
 def _model() -> nn.Sequential:
-    shared = nn.BatchNorm2d(4, momentum=None)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), shared, nn.Sequential(nn.BatchNorm2d(4, bias=False), shared), nn.ReLU()
-    )
+    shared, unbiased = nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4)
+    unbiased.register_parameter("bias", None)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), shared, nn.Sequential(unbiased, shared), nn.ReLU())
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:

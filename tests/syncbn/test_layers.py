@@ -14,6 +14,7 @@ from tests.support.one_process import (
     in_one_process,
     initialize,
     outcome,
+    plain_norm,
     rows,
 )
 from tests.support.tolerance import assert_as_exact
@@ -189,10 +190,10 @@ def test_evaluation_is_that_of_torch(track: bool) -> None:
 def test_state_dicts_interchange_with_torch(
     theirs: type[nn.BatchNorm2d], options: dict[str, Any]
 ) -> None:
-    one, other = theirs(CHANNELS, **options), syncbn.SyncBatchNorm(CHANNELS, **options)
+    one, other = plain_norm(theirs, **options), syncbn.SyncBatchNorm(CHANNELS, **options)
     initialize(one)
     other.load_state_dict(one.state_dict())
-    theirs(CHANNELS, **options).load_state_dict(other.state_dict())
+    plain_norm(theirs, **options).load_state_dict(other.state_dict())
     assert list(one.state_dict()) == list(other.state_dict())
 
 
