@@ -54,7 +54,15 @@ class Memory:
     def __init__(self, channels: int, device: torch.device, layer: nn.Module | None = None) -> None:
         self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
         self.layer = None if layer is None else weakref.ref(layer)
+        self._name: str | None = None
         self._reductions: weakref.WeakSet[Reduction] = weakref.WeakSet()
+
+    def name(self) -> str | None:
+        """Return the layer's qualified name, looked up once; None where there is no layer."""
+        layer = None if self.layer is None else self.layer()
+        if layer is not None and self._name is None:
+            self._name = qualified_name(layer)
+        return self._name
 
     def move(self, device: torch.device) -> None:
         """Take the shift to another device; from the meta device, which has no values, to 0."""
@@ -111,8 +119,8 @@ class Call:
 
     def position(self, direction: str) -> str:
         """Return what the calling rank is doing, as in "is at the forward of 'bn1' (...)"."""
-        layer = None if self.memory is None or self.memory.layer is None else self.memory.layer()
-        name = "sync_batch_norm()" if layer is None else repr(qualified_name(layer))
+        name = None if self.memory is None else self.memory.name()
+        name = "sync_batch_norm()" if name is None else repr(name)
         kind = str(self.dtype).removeprefix("torch.")
         return f"is at the {direction} of {name} ({self.channels} channels, {kind})"
 
@@ -282,7 +290,8 @@ def qualified_name(layer: nn.Module) -> str:
     For error messages: looks through all objects of the process, and does not communicate.
     """
     holders: dict[int, tuple[nn.Module, str]] = {}
-    for module in [thing for thing in gc.get_objects() if isinstance(thing, nn.Module)]:
+    # By type(), for isinstance() asks each object for its class, and some answer with a warning.
+    for module in [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]:
         for name, child in module.__dict__.get("_modules", {}).items():
             if child is not None:
                 holders.setdefault(id(child), (module, name))

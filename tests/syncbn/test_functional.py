@@ -1,8 +1,11 @@
 import pytest
 import torch
+from torch import Tensor
 
 import syncbn
 from syncbn.errors import InputError
+from syncbn.functional import normalize_with_memory
+from syncbn.reduction import Memory
 
 
 def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:
@@ -35,3 +38,31 @@ def test_frozen_tensors_get_no_gradient(frozen: str) -> None:
 def test_vector_is_refused() -> None:
     with pytest.raises(InputError, match=r"\(N, C, \*\), got \(4,\); add a batch dimension"):
         syncbn.sync_batch_norm(torch.zeros(4))
+
+
+class _TwoLikeThis:
+    """A reducer whose other replica sends the same."""
+
+    group = None
+    world_size = 2
+    rank = 0
+
+    def sum(self, vector: Tensor) -> Tensor:
+        return 2 * vector
+
+
+# The host waits for the GPU: pytorch#78656, #36452.
+def test_nothing_off_the_cpu_looks_at_a_value() -> None:
+    # A meta tensor has no values: looking at one raises, where on CUDA the host would wait.
+    layer = syncbn.SyncBatchNorm(3, device="meta")
+    x = torch.randn(4, 3, 2, device="meta", requires_grad=True)
+    memory = Memory(3, x.device)
+    y, moments, _ = normalize_with_memory(
+        x, layer.weight, layer.bias, layer.eps, _TwoLikeThis(), memory
+    )
+    layer._track(moments)  # pyright: ignore[reportPrivateUsage] -- what forward does next
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        moments.count.item()

@@ -1,9 +1,12 @@
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncbn.moments import Moments, from_summable, merge, to_summable
+from syncbn.moments import Moments, checked_count, from_summable, merge, to_summable
 
 CHANNELS = 3
 seeds = st.integers(0, 2**32 - 1)
@@ -87,3 +90,13 @@ def test_variances_are_those_of_torch(seed: int, n: int, offset: float) -> None:
     moments = _moments(x)
     torch.testing.assert_close(moments.variance(), x.var(0, correction=0), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(moments.unbiased_variance(), x.var(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [-1.0, 2.0**40, math.nan])
+def test_what_is_no_count_makes_all_moments_nan(count: float) -> None:
+    vector = torch.ones(5, dtype=torch.float64)
+    assert torch.equal(checked_count(vector), vector)
+    vector[0] = count
+    moments = from_summable(checked_count(vector), torch.zeros(2, dtype=torch.float64))
+    assert moments.mean.isnan().all()
+    assert moments.variance().isnan().all()
