@@ -112,9 +112,9 @@ class Call:
     """
 
     reducer: Reducer
-    memory: Memory | None = None
-    channels: int = 0
-    dtype: torch.dtype = torch.float32
+    memory: Memory | None
+    channels: int
+    dtype: torch.dtype
     reduction: Reduction | None = None
 
     def position(self, direction: str) -> str:
@@ -259,8 +259,8 @@ def _debug_timeout_s() -> float | None:
 def require_two_values(count: Tensor, local_count: int, call: Call) -> None:
     """Raise, on every rank, where all replicas together hold one value per channel.
 
-    Looking at the count makes the host wait for a GPU, so a replica that has two values, or none
-    beside it, does not look. In compiled code `syncbn::global_moments` looks.
+    Looking at the count makes the host wait for a GPU, so a replica that has two values itself does
+    not look. In compiled code `syncbn::global_moments` looks.
 
     Raises:
         InputError: the count is 1.
