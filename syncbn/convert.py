@@ -1,13 +1,12 @@
 """Turning a model's batch normalization into `SyncBatchNorm`, and back."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.errors import ConversionError
 from syncbn.layers import SyncBatchNorm, adopt
@@ -88,20 +87,13 @@ def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):
             original: type[nn.Module] = module.__dict__.pop("_reverts_to", BatchNorm)
-            if issubclass(original, _LAZY) and not parametrize.is_parametrized(module):
-                pending = any(is_lazy(tensor) for tensor in _tensors(module))
-                # Once it has seen a batch, it is what lazy layers become.
-                original = original if pending else original.cls_to_become  # pyright: ignore[reportAssignmentType] -- torch types it as any class
+            if issubclass(original, _LAZY) and not isinstance(module, LazyModuleMixin):
+                original = original.cls_to_become  # pyright: ignore[reportAssignmentType] -- it has seen a batch; torch types this as any class
             if not issubclass(original, nn.SyncBatchNorm):
                 del module.__dict__["process_group"]
             del module.__dict__["_memory"]
             module.__class__ = original  # pyright: ignore[reportAttributeAccessIssue] -- the class that the module had
     return model
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _synchronised(name: str, module: nn.Module) -> type[nn.Module]:

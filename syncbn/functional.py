@@ -61,14 +61,19 @@ def sync_batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the gradient of
     section 3.
     """
-    if x.dim() < 2:
-        raise InputError(
-            f"expected an input of shape (N, C, *), got {tuple(x.shape)}; add a batch dimension"
-        )
-    if not x.is_floating_point():
-        raise InputError(f"expected a floating-point input, got {x.dtype}; convert it first")
+    if reason := reason_to_refuse(x):
+        raise InputError(reason)
     y, moments, _ = normalize_with_memory(x, weight, bias, eps, select_reducer(process_group), None)
     return y, moments
+
+
+def reason_to_refuse(x: Tensor) -> str:
+    """Return what is wrong with an input of any number of channels; '' for nothing."""
+    if x.dim() < 2:
+        return f"expected an input of shape (N, C, *), got {tuple(x.shape)}; add a batch dimension"
+    if not x.is_floating_point():
+        return f"expected a floating-point input, got {x.dtype}; convert it first"
+    return ""
 
 
 def normalize_with_memory(

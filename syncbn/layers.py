@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.collectives import SingleReplica, select_reducer
 from syncbn.errors import InputError
-from syncbn.functional import normalize_with_memory
+from syncbn.functional import normalize_with_memory, reason_to_refuse
 from syncbn.kernels import ReferenceKernels
 from syncbn.moments import Moments
 from syncbn.reduction import Call, Memory, refuse
@@ -105,12 +105,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         """Accept any input; a converted layer's own class may be stricter."""
 
     def _check_input(self, input: Tensor) -> None:
+        reason = reason_to_refuse(input)
         if input.dim() < 2 or input.shape[1] != self.num_features:
-            reason = f"expected an input of shape (N, {self.num_features}, *), got "
-            reason += f"{tuple(input.shape)}"
-        elif not input.is_floating_point():
-            reason = f"expected a floating-point input, got {input.dtype}; convert it first"
-        else:
+            shape = tuple(input.shape)
+            reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
+        if not reason:
             return
         if self.training:
             call = Call(select_reducer(self._group()), self._memory, self.num_features, input.dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,13 +73,14 @@ def recalibrate(
         and (only is None or only(name, layer))
     }
     reducer = select_reducer(process_group)
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), None)
+    run = partial(_forward, device) if forward is None else forward
     seen: dict[str, Moments] = {}
     with ExitStack() as stack:
         stack.enter_context(_normalising_by_batch(model, layers.values()))
         for name, layer in layers.items():
             stack.enter_context(_collecting(name, layer, seen))
-        number = _run(model, batches, forward or _forward, reducer, device, _synchronises(model))
+        number = _run(model, batches, run, reducer, device, _synchronises(model))
     totals = _merged_over_ranks(layers, seen, reducer, device)
     for name, moments in totals.items():
         if moments.count == 1:
@@ -136,7 +138,7 @@ def _run(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], object],
     reducer: Reducer,
-    device: torch.device,
+    device: torch.device | None,
     synchronises: bool,
 ) -> int:
     """Run the model on the batches of all ranks in step; return how often any rank had one."""
@@ -181,15 +183,14 @@ def _run(
         number += 1
 
 
-def _forward(model: nn.Module, batch: Any) -> object:
+def _forward(device: torch.device | None, model: nn.Module, batch: Any) -> object:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
         raise InputError(
             f"a batch is a {type(batch).__name__} whose input is not evident; pass "
             "forward=lambda model, batch: model(...)"
         )
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), first.device)
-    return model(first.to(device))
+    return model(first.to(device=device))
 
 
 def _emptied(batch: Any) -> Any:
@@ -204,7 +205,7 @@ def _emptied(batch: Any) -> Any:
 
 
 def _merged_over_ranks(
-    layers: dict[str, Any], seen: dict[str, Moments], reducer: Reducer, device: torch.device
+    layers: dict[str, Any], seen: dict[str, Moments], reducer: Reducer, device: torch.device | None
 ) -> dict[str, Moments]:
     """Return each reached layer's moments over all ranks, merged in the order of ranks."""
     if not layers:

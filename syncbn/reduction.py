@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +146,7 @@ def global_moments(local: Moments, call: Call) -> Moments:
             return earlier.moments
     moments = local
     if reducer.world_size > 1:
-        shift = torch.zeros_like(local.mean) if memory is None else memory.shift_for(local.mean)
+        shift = None if memory is None else memory.shift_for(local.mean)
         if compiling:
             moments = Moments(
                 *torch.ops.syncbn.global_moments(
@@ -154,7 +155,7 @@ def global_moments(local: Moments, call: Call) -> Moments:
             )
         else:
             moments = _reduced(local, shift, call)
-        if memory is not None:
+        if shift is not None:
             usable = (moments.count > 0) & moments.mean.isfinite()
             shift.copy_(torch.where(usable, moments.mean, shift))
     if memory is not None and not compiling:
@@ -163,7 +164,7 @@ def global_moments(local: Moments, call: Call) -> Moments:
     return moments
 
 
-def _reduced(local: Moments, shift: Tensor, call: Call) -> Moments:
+def _reduced(local: Moments, shift: Tensor | None, call: Call) -> Moments:
     reducer = call.reducer
     vector = add_fingerprint(to_summable(local, shift), shift, reducer.rank, reducer.world_size)
     total = _sum(vector, call, "forward")
@@ -172,7 +173,7 @@ def _reduced(local: Moments, shift: Tensor, call: Call) -> Moments:
     if 0 <= total[0].item() < COUNT_LIMIT:
         return from_summable(total, shift)
     # Where the calls differ, this raises on every rank.
-    _require_agreement(call, "forward")
+    _require_agreement(call, call.position("forward"))
     if call.memory is None:
         raise ReplicaError(
             f"rank {reducer.rank} {call.position('forward')} in compiled code, where the ranks sum "
@@ -207,23 +208,18 @@ def refuse(call: Call, device: torch.device, reason: str) -> None:
     """
     if call.reducer.world_size == 1 or torch.compiler.is_compiling():
         return
-    assert call.reducer.group is not None
-    timeout_s = _debug_timeout_s()
-    if timeout_s is None:
+    if _debug_timeout_s() is None:
         nothing = torch.full((2 * call.channels + 1,), torch.nan, dtype=torch.float64)
         call.reducer.sum(nothing.to(device))
         if device.type != "cpu":
             return
-    position = f"{call.position('forward')} and refuses its input: {reason}"
-    try:
-        require_agreement(call.reducer.group, position, timeout_s or _ACCOUNT_TIMEOUT_S)
-    except ReplicaError:
-        return  # as expected; the caller raises what is wrong here
+    with suppress(ReplicaError):  # as expected; the caller raises what is wrong here
+        _require_agreement(call, f"{call.position('forward')} and refuses its input: {reason}")
 
 
 def _sum(vector: Tensor, call: Call, direction: str) -> Tensor:
     if _debug_timeout_s() is not None:
-        _require_agreement(call, direction)
+        _require_agreement(call, call.position(direction))
     try:
         return call.reducer.sum(vector)
     except RuntimeError as error:
@@ -234,10 +230,9 @@ def _sum(vector: Tensor, call: Call, direction: str) -> Tensor:
         ) from error
 
 
-def _require_agreement(call: Call, direction: str) -> None:
+def _require_agreement(call: Call, position: str) -> None:
     assert call.reducer.group is not None  # a replica alone has nobody to disagree with
-    timeout_s = _debug_timeout_s() or _ACCOUNT_TIMEOUT_S
-    require_agreement(call.reducer.group, call.position(direction), timeout_s)
+    require_agreement(call.reducer.group, position, _debug_timeout_s() or _ACCOUNT_TIMEOUT_S)
 
 
 def _debug_timeout_s() -> float | None:
@@ -312,7 +307,7 @@ def _name(reducer: Reducer) -> str:
 # have no layer's name there.
 @torch.library.custom_op("syncbn::global_moments", mutates_args=())
 def _global_moments(
-    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor, group_name: str
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Gives moments and not the sum, from which the compiler would compute them a second time in
     # the backward pass, with the shift that the forward has overwritten by then.
@@ -324,7 +319,7 @@ def _global_moments(
 
 @_global_moments.register_fake
 def _(
-    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor, group_name: str
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(count), torch.empty_like(mean), torch.empty_like(m2)
 

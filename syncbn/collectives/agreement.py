@@ -46,26 +46,19 @@ def exchange(group: dist.ProcessGroup, position: str, timeout_s: float) -> list[
         ) from error
 
 
-def differences(positions: list[str | None], timeout_s: float) -> str:
-    """Return one sentence on who is where; '' where all ranks are at the same place."""
-    if len(set(positions)) == 1 and positions[0] is not None:
-        return ""
-    places = [
-        f"rank {rank} {position or f'has said nothing for {timeout_s:g} s'}"
-        for rank, position in enumerate(positions)
-    ]
-    return "; ".join(places)
-
-
 def require_agreement(group: dist.ProcessGroup, position: str, timeout_s: float) -> None:
     """Raise on every rank unless all of them are at the same place; see `exchange`.
 
     Raises:
         ReplicaError: a rank is elsewhere, or said nothing in time; the text says which, and where.
     """
-    found = differences(exchange(group, position, timeout_s), timeout_s)
-    if found:
+    positions = exchange(group, position, timeout_s)
+    if any(other != position for other in positions):
+        places = "; ".join(
+            f"rank {rank} {other or f'has said nothing for {timeout_s:g} s'}"
+            for rank, other in enumerate(positions)
+        )
         raise ReplicaError(
-            f"the replicas do not make the same call: {found} (this is rank "
+            f"the replicas do not make the same call: {places} (this is rank "
             f"{dist.get_rank(group)}); every rank must call the same layers in the same order"
         )

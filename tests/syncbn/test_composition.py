@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.errors import InputError
 from syncbn.layers import RanksOfGroup
+from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
 
 
@@ -48,23 +49,6 @@ def _summed_gradients(model: nn.Module) -> list[Tensor]:
         assert gradient is not None
         dist.all_reduce(gradient)
     return [gradient for gradient in gradients if gradient is not None]
-
-
-class _Counter:
-    """Counts the all-reduces that go through torch.distributed while it is entered."""
-
-    def __enter__(self) -> "_Counter":
-        self.calls, self._original = 0, dist.all_reduce
-
-        def counting(*args: Any, **options: Any) -> Any:
-            self.calls += 1
-            return self._original(*args, **options)
-
-        dist.all_reduce = counting
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self._original
 
 
 # Compilation breaks the graph: pytorch#161302, #156680, #107372.
@@ -200,12 +184,12 @@ def _checkpointed(world_size: int) -> None:
         (plain, lambda x: plain(x)),
         (other, lambda x: checkpoint(other, x, use_reentrant=False)),
     ):
-        with _Counter() as counter:
+        with recorded_all_reduces() as sent:
             # Two micro-batches at once, the first of them backward last.
             losses = [run(_share(seed)).square().sum() for seed in range(2)]
             for loss in reversed(losses):
                 loss.backward()
-        counts.append(counter.calls)
+        counts.append(len(sent))
         assert not any(parameter.grad is None for parameter in model.parameters())
     assert counts == [8 if world_size > 1 else 0] * 2
     assert str(plain.state_dict()) == str(other.state_dict())

@@ -18,6 +18,7 @@ from tests.support.one_process import (
     rows,
 )
 from tests.support.tolerance import assert_as_exact
+from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
 
 EVEN = {
@@ -94,18 +95,11 @@ def test_replicas_match_one_process_on_the_concatenated_batch(case: Case) -> Non
 
 
 def _collectives(training: bool) -> list[tuple[int, torch.dtype]]:
-    sent: list[tuple[int, torch.dtype]] = []
-    all_reduce = dist.all_reduce
-
-    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append((tensor.numel(), tensor.dtype))
-        return all_reduce(tensor, *args, **kwargs)
-
-    dist.all_reduce = count
     layer = syncbn.SyncBatchNorm(CHANNELS).train(training)
     x = torch.randn(4, CHANNELS, 2, requires_grad=True)
-    layer(x).sum().backward()
-    return sent
+    with recorded_all_reduces() as sent:
+        layer(x).sum().backward()
+    return [(vector.numel(), vector.dtype) for vector in sent]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -222,25 +216,17 @@ def test_unfit_input_is_refused(x: Tensor, message: str) -> None:
 
 def _partly_frozen(frozen: str) -> list[tuple[int, ...]]:
     """Return what is sent, having checked the gradients that are left against one process."""
-    sent: list[tuple[int, ...]] = []
-    all_reduce = dist.all_reduce
-
-    def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent.append(tuple(tensor.shape))
-        return all_reduce(tensor, *args, **kwargs)
-
     x = torch.randn(4, CHANNELS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours, truth = syncbn.SyncBatchNorm(CHANNELS), nn.BatchNorm1d(CHANNELS)
     gradients: list[list[Tensor | None]] = []
-    dist.all_reduce = count
-    for layer, share in ((ours, x.chunk(2)[dist.get_rank()]), (truth, x)):
-        initialize(layer.double())
-        of_input = share.clone().requires_grad_(frozen != "input")
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(frozen != name)
-        layer(of_input).pow(3).sum().backward()
-        gradients.append([of_input.grad, *(parameter.grad for parameter in layer.parameters())])
-    dist.all_reduce = all_reduce
+    with recorded_all_reduces() as sent:
+        for layer, share in ((ours, x.chunk(2)[dist.get_rank()]), (truth, x)):
+            initialize(layer.double())
+            of_input = share.clone().requires_grad_(frozen != "input")
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(frozen != name)
+            layer(of_input).pow(3).sum().backward()
+            gradients.append([of_input.grad, *(parameter.grad for parameter in layer.parameters())])
     of_input = gradients[1][0]
     if of_input is not None:
         gradients[1][0] = of_input.chunk(2)[dist.get_rank()]
@@ -248,7 +234,7 @@ def _partly_frozen(frozen: str) -> list[tuple[int, ...]]:
         if mine is not None:
             dist.all_reduce(mine)
     torch.testing.assert_close(gradients[0], gradients[1])
-    return sent
+    return [tuple(vector.shape) for vector in sent]
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
