@@ -10,7 +10,7 @@ help:  ## show this list
 install: .venv/.installed  ## make .venv and install syncbn with what its tests need
 
 # The stamp comes last, so that an installation that was cut short is taken up again.
-.venv/.installed: pyproject.toml .ci/constraints.txt
+.venv/.installed: pyproject.toml .ci/constraints.txt $(wildcard syncbn/_native/*.cpp syncbn/_native/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
 		--constraint .ci/constraints.txt --editable '.[dev]'

@@ -17,18 +17,36 @@ from tests.support.processes import REPOSITORY, run
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel and install it, without its dependencies, into a directory of its own."""
     directory = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(directory)]
-    result = run([*build, str(REPOSITORY)], directory)
-    assert result.returncode == 0, result.stdout
-    (wheel,) = directory.glob("*.whl")
+    wheel = _built(directory)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(directory / "site")
     return directory / "site"
 
 
+def _built(directory: Path, cxx: str = "") -> Path:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(directory)]
+    result = run([*build, str(REPOSITORY)], directory, CXX=cxx)
+    assert result.returncode == 0, result.stdout
+    (wheel,) = directory.glob("*.whl")
+    return wheel
+
+
+def test_wheel_without_a_compiler_is_pure_and_computes_the_same(tmp_path: Path) -> None:
+    wheel = _built(tmp_path, cxx="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())
+        archive.extractall(tmp_path / "site")
+    script = "import torch, syncbn; print(syncbn.SyncBatchNorm(3)(torch.ones(2, 3, 4)).abs().max())"
+    result = run([sys.executable, "-c", script], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert "no native kernels (they were not compiled with this installation)" in result.stdout
+    assert "tensor(0., grad_fn=" in result.stdout
+
+
 def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {"syncbn/py.typed", "service/py.typed", "syncbn/conf/config.yaml"} <= names
+    assert "syncbn/_native/libsyncbn.so" in names
     assert {
         f"syncbn/{file.relative_to(REPOSITORY)}" for file in REPOSITORY.glob("conf/*/*.yaml")
     } <= names

@@ -3,10 +3,14 @@
 Kernels never communicate. Every set of kernels passes `tests/contracts/test_kernels.py`.
 """
 
+import os
 from typing import Protocol
 
 from torch import Tensor
 
+from syncbn import _native
+from syncbn.errors import InputError
+from syncbn.kernels.native import NativeKernels
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments
 
@@ -48,9 +52,24 @@ class Kernels(Protocol):
         ...
 
 
+VARIABLE = "SYNCBN_KERNELS"
+
+
 def select_kernels() -> Kernels:
-    """Return the kernels to use: the PyTorch reference, which serves every device and dtype."""
-    return ReferenceKernels()
+    """Return the kernels to use: the native ones, or the reference where they were not compiled.
+
+    The environment variable SYNCBN_KERNELS decides otherwise: `native` insists on the native ones,
+    `reference` takes PyTorch operations, `auto` is the rule.
+
+    Raises:
+        InputError: the variable has another value, or insists on kernels that are not there.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in ("auto", "native", "reference"):
+        raise InputError(f"{VARIABLE} is {choice!r}; set it to auto, native or reference")
+    if choice == "reference" or (choice == "auto" and _native.library is None):
+        return ReferenceKernels()
+    return NativeKernels()
 
 
-__all__ = ["Kernels", "ReferenceKernels", "select_kernels"]
+__all__ = ["Kernels", "NativeKernels", "ReferenceKernels", "select_kernels"]

@@ -5,10 +5,14 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import Kernels, ReferenceKernels
+from tests.support.native import KernelsAtLevel
 from tests.support.tolerance import assert_as_exact
 
-KERNELS = [pytest.param(ReferenceKernels(), id="reference")]
-SHAPES = [(5, 3), (1, 1), (4, 3, 7), (2, 5, 3, 4), (3, 2, 2, 3, 2)]
+KERNELS = [
+    pytest.param(ReferenceKernels(), id="reference"),
+    *(pytest.param(KernelsAtLevel(level), id=f"native at level {level}") for level in (0, 1, 2)),
+]
+SHAPES = [(5, 3), (1, 1), (4, 3, 7), (2, 5, 3, 4), (3, 2, 2, 3, 2), (11, 37, 5, 7), (3, 5, 300)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 kernel_sets = pytest.mark.parametrize("kernels", KERNELS)
