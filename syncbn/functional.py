@@ -63,7 +63,8 @@ def sync_batch_norm(
     """
     if reason := reason_to_refuse(x):
         raise InputError(reason)
-    y, moments, _ = normalize_with_memory(x, weight, bias, eps, select_reducer(process_group), None)
+    reducer = select_reducer(process_group, x.device)
+    y, moments, _ = normalize_with_memory(x, weight, bias, eps, reducer, None)
     return y, moments
 
 

@@ -95,7 +95,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
             return self._evaluate(input)
         _refuse_join()
         output, moments, replayed = normalize_with_memory(
-            input, self.weight, self.bias, self.eps, select_reducer(self._group()), self._memory
+            input,
+            self.weight,
+            self.bias,
+            self.eps,
+            select_reducer(self._group(), input.device),
+            self._memory,
         )
         if self.track_running_stats and not replayed:
             self._track(moments)
@@ -112,7 +117,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if not reason:
             return
         if self.training:
-            call = Call(select_reducer(self._group()), self._memory, self.num_features, input.dtype)
+            call = Call(
+                select_reducer(self._group(), input.device),
+                self._memory,
+                self.num_features,
+                input.dtype,
+            )
             refuse(call, input.device, reason)
         raise InputError(reason)
 

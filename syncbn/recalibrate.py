@@ -72,8 +72,8 @@ def recalibrate(
         and layer.running_mean is not None
         and (only is None or only(name, layer))
     }
-    reducer = select_reducer(process_group)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), None)
+    reducer = select_reducer(process_group, device)
     run = partial(_forward, device) if forward is None else forward
     seen: dict[str, Moments] = {}
     with ExitStack() as stack:

@@ -337,4 +337,6 @@ def _(vector: Tensor, group_name: str) -> Tensor:
 def _compiled_call(per_channel: Tensor, group_name: str) -> Call:
     resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- a graph holds a group by its name
     group: dist.ProcessGroup = resolve(group_name)
-    return Call(select_reducer(group), None, per_channel.numel(), per_channel.dtype)
+    return Call(
+        select_reducer(group, per_channel.device), None, per_channel.numel(), per_channel.dtype
+    )

@@ -5,12 +5,13 @@ import logging
 from pathlib import Path
 
 LIBRARY = Path(__file__).parent / "libsyncbn.so"
-INTERFACE = 1  # syncbn_interface() of exports.cpp
+INTERFACE = 2  # syncbn_interface() of exports.cpp
 
 _POINTER, _FLAG, _SIZE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _LAYOUT = [_SIZE, _SIZE, _SIZE, _FLAG]  # n, c, s, channels_last
 _PARAMETERS = [_POINTER, _POINTER, _FLAG, _FLAG]  # weight, bias, in_float64, relu
 _STATISTICS = [_POINTER, _POINTER]  # mean, invstd
+_CHANNEL = [_POINTER, _FLAG, _SIZE, _FLAG]  # base, world, capacity, rank
 _FUNCTIONS = {
     "syncbn_limit_level": [_FLAG],
     "syncbn_local_moments": [_FLAG, _POINTER, *_LAYOUT, _FLAG, *_STATISTICS],
@@ -23,6 +24,19 @@ _FUNCTIONS = {
         *(_FLAG, *[_POINTER] * 3, *_LAYOUT, _FLAG, *_STATISTICS, *_PARAMETERS),
         *(_POINTER, _POINTER),
     ],
+    "syncbn_channel_size": [_FLAG, _SIZE],
+    "syncbn_channel_post": [*_CHANNEL, ctypes.c_uint32, _POINTER, _SIZE, _SIZE],
+    "syncbn_channel_collect": [
+        *(*_CHANNEL, ctypes.c_uint32, _POINTER, _SIZE, _SIZE, _FLAG, _SIZE),
+    ],
+    "syncbn_channel_give_up": _CHANNEL,
+    "syncbn_channel_gave_up": _CHANNEL,
+}
+_RESULTS = {
+    "syncbn_limit_level": _FLAG,
+    "syncbn_channel_size": _SIZE,
+    "syncbn_channel_collect": _FLAG,
+    "syncbn_channel_gave_up": _FLAG,
 }
 
 
@@ -37,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
             for name, arguments in _FUNCTIONS.items():
                 function = getattr(found, name)
                 function.argtypes = arguments
-                function.restype = _FLAG if name == "syncbn_limit_level" else None
+                function.restype = _RESULTS.get(name)
             return found
         reason = f"they have interface {interface}, and this version of syncbn wants {INTERFACE}"
     logging.getLogger("syncbn").warning(

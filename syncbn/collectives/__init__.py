@@ -3,12 +3,17 @@
 Every reducer passes `tests/contracts/test_reducers.py`.
 """
 
+import os
+import weakref
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.collectives.process_group import ProcessGroupReducer
+from syncbn.collectives.shared_memory import SharedMemoryReducer
+from syncbn.errors import InputError
 
 
 class Reducer(Protocol):
@@ -49,12 +54,32 @@ class SingleReplica:
         return vector
 
 
-def select_reducer(process_group: dist.ProcessGroup | None) -> Reducer:
+VARIABLE = "SYNCBN_REDUCER"
+CHOICES = ("auto", "shared_memory", "process_group")
+_shared: "weakref.WeakKeyDictionary[dist.ProcessGroup, SharedMemoryReducer]"
+_shared = weakref.WeakKeyDictionary()
+
+
+def select_reducer(
+    process_group: dist.ProcessGroup | None,
+    device: torch.device | None = None,
+    choice: str | None = None,
+) -> Reducer:
     """Return the reducer for a process group; does not communicate.
+
+    On the CPU, ranks of one host sum in shared memory; every other device, and ranks that cannot
+    share memory, use the process group.
 
     Args:
         process_group: None means the default group, or a single replica where
             `torch.distributed` is not initialised.
+        device: of the vectors to sum; None means the CPU.
+        choice: `shared_memory` insists on it, and fails where it is impossible; `process_group`
+            does without; `auto` is the rule. None takes the environment variable SYNCBN_REDUCER, or
+            `auto`. All ranks must choose the same.
+
+    Raises:
+        InputError: the choice is none of these, or shared memory for a device that has none.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -63,7 +88,37 @@ def select_reducer(process_group: dist.ProcessGroup | None) -> Reducer:
     assert process_group is not None  # the default group exists once initialised
     if dist.get_world_size(process_group) <= 1:
         return SingleReplica()
-    return ProcessGroupReducer(process_group)
+    if torch.compiler.is_compiling():  # a graph holds a group by its name, and selects when it runs
+        return ProcessGroupReducer(process_group)
+    choice = choice or os.environ.get(VARIABLE) or "auto"
+    if choice not in CHOICES:
+        raise InputError(
+            f"the reducer, or {VARIABLE}, is {choice!r}; set it to {' or '.join(CHOICES)}"
+        )
+    insist = choice == "shared_memory"
+    on_cpu = device is None or device.type == "cpu"
+    if insist and not on_cpu:
+        raise InputError(
+            f"shared memory was chosen, and the vectors are on {device}; it is for the CPU alone, "
+            "choose 'auto' or 'process_group'"
+        )
+    if choice == "process_group" or not on_cpu or not _exchanges_on_cpu(process_group):
+        return ProcessGroupReducer(process_group)
+    reducer = _shared.get(process_group)
+    if reducer is None or reducer.insist != insist:
+        reducer = _shared[process_group] = SharedMemoryReducer(process_group, insist)
+    return reducer
 
 
-__all__ = ["ProcessGroupReducer", "Reducer", "SingleReplica", "select_reducer"]
+def _exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
+    """Return whether a group's ranks are real and can talk to each other about CPU memory."""
+    return "cpu:gloo" in dist.get_backend_config(group)
+
+
+__all__ = [
+    "ProcessGroupReducer",
+    "Reducer",
+    "SharedMemoryReducer",
+    "SingleReplica",
+    "select_reducer",
+]

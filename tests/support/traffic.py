@@ -1,23 +1,28 @@
-"""What goes through `torch.distributed` while a test listens."""
+"""What a rank adds up with the others while a test listens."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import torch.distributed as dist
 from torch import Tensor
+
+from syncbn.collectives import ProcessGroupReducer, SharedMemoryReducer
 
 
 @contextmanager
 def recorded_all_reduces() -> Generator[list[Tensor]]:
-    """Collect the tensors that this rank adds up with the others."""
+    """Collect the tensors that this rank adds up with the others, whoever does it."""
     sent: list[Tensor] = []
-    all_reduce = dist.all_reduce
 
-    def record(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sent.append(tensor)
-        return all_reduce(tensor, *args, **options)
+    def recording(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        def sum_(self: Any, vector: Tensor) -> Tensor:
+            sent.append(vector)
+            return method(self, vector)
 
-    with mock.patch.object(dist, "all_reduce", record):
+        return sum_
+
+    with ExitStack() as stack:
+        for reducer in (ProcessGroupReducer, SharedMemoryReducer):
+            stack.enter_context(mock.patch.object(reducer, "sum", recording(reducer.sum)))
         yield sent

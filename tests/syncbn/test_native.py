@@ -105,7 +105,7 @@ def test_compiles_without_a_break_to_the_native_kernels(layout: torch.memory_for
     dy = torch.randn(4, 3, 5, 7)
     results: list[list[Tensor]] = []
     for wrap in (lambda m: m, lambda m: torch.compile(m, fullgraph=True, backend="aot_eager")):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         layer = syncbn.SyncBatchNorm(3)
         leaf = x.clone().requires_grad_()
         y = wrap(layer)(leaf)
