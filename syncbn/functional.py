@@ -1,5 +1,6 @@
 """`sync_batch_norm`: batch normalization over all replicas, with its true gradient."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -183,6 +184,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, count, *vectors = outputs
         vectors = [vector.unflatten(0, (members, channels)) for vector in vectors]
         return (y.unflatten(1, (members, channels)), count, *vectors), (1, None, 0, 0, 0)
+
+
+# torch binds the arguments of every call to the signature; found here, it need not be made anew.
+_SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # pyright: ignore[reportFunctionMemberAccess] -- what inspect documents for it
 
 
 def _as_function_of_x(
