@@ -9,6 +9,7 @@ the median over the turns, each as slow as its slowest rank.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -17,15 +18,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import syncbn
 from syncbn.collectives import select_reducer
@@ -82,26 +83,30 @@ def _training_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None
     return step
 
 
+def inputs() -> Generator[tuple[dict[str, Any], Tensor, Tensor]]:
+    """Yield inputs and upstream gradients, with the columns of a table that say which they are."""
+    for dtype, shape, layout in itertools.product(DTYPES, SHAPES, LAYOUTS):
+        x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
+        x, dy = (tensor.contiguous(memory_format=LAYOUTS[layout]) for tensor in (x, dy))
+        yield {"dtype": str(dtype)[6:], "shape": str(shape), "layout": layout}, x, dy
+
+
 def bench_layers(turns: int) -> Rows:
     """Forward and backward of one layer on each rank's own input."""
     rows: Rows = []
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            for layout, memory_format in LAYOUTS.items():
-                x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
-                x = x.contiguous(memory_format=memory_format).requires_grad_()
-                dy = dy.contiguous(memory_format=memory_format)
-                torch_s, ours_s = take_turns(
-                    {
-                        "torch": _training_step(nn.BatchNorm2d(shape[1]), x, dy),
-                        "syncbn": _training_step(syncbn.SyncBatchNorm(shape[1]), x, dy),
-                    },
-                    turns,
-                ).values()
-                row = {"dtype": str(dtype)[6:], "shape": str(shape), "layout": layout}
-                row |= {"nn.BatchNorm2d µs": torch_s * 1e6, "SyncBatchNorm µs": ours_s * 1e6}
-                rows.append(row | {"ratio": ours_s / torch_s})
-                _progress(rows[-1])
+    for row, x, dy in inputs():
+        x.requires_grad_()
+        channels = x.shape[1]
+        torch_s, ours_s = take_turns(
+            {
+                "torch": _training_step(nn.BatchNorm2d(channels), x, dy),
+                "syncbn": _training_step(syncbn.SyncBatchNorm(channels), x, dy),
+            },
+            turns,
+        ).values()
+        row |= {"nn.BatchNorm2d µs": torch_s * 1e6, "SyncBatchNorm µs": ours_s * 1e6}
+        rows.append(row | {"ratio": ours_s / torch_s})
+        _progress(rows[-1])
     return rows
 
 
@@ -127,14 +132,9 @@ def bench_reducers(turns: int) -> Rows:
 def bench_kernels(turns: int) -> Rows:
     """Each kernel alone in one process, as a fraction of the speed of copying such a tensor."""
     rows: Rows = []
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            for layout, memory_format in LAYOUTS.items():
-                x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
-                x, dy = (t.contiguous(memory_format=memory_format) for t in (x, dy))
-                row: dict[str, Any] = {"dtype": str(dtype)[6:], "shape": str(shape)}
-                rows.append(row | {"layout": layout} | _kernel_fractions(x, dy, turns))
-                _progress(rows[-1])
+    for row, x, dy in inputs():
+        rows.append(row | _kernel_fractions(x, dy, turns))
+        _progress(rows[-1])
     return rows
 
 
@@ -199,7 +199,7 @@ def run_section(name: str, turns: int) -> Rows:
             port = probe.getsockname()[1]
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "rows.json"
-            mp.spawn(_be_rank, (world_size, port, name, turns, str(file)), nprocs=world_size)
+            spawn(_be_rank, (world_size, port, name, turns, str(file)), nprocs=world_size)
             rows += json.loads(file.read_text())
     return rows
 
