@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from document import write_table
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -32,8 +33,6 @@ import syncbn
 from syncbn.collectives import select_reducer
 from syncbn.kernels import Kernels, NativeKernels, ReferenceKernels
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- table: scripts/bench_layer.py {} -->", "<!-- end of table -->"
 SHAPES = [(16, 64, 56, 56), (8, 256, 14, 14), (32, 128, 16, 16), (8, 512, 4, 4), (2, 64, 28, 28)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -249,15 +248,6 @@ def _progress(row: dict[str, Any]) -> None:
         print(*row.values(), file=sys.stderr)
 
 
-def _write(name: str, text: str) -> None:
-    document = DOCUMENT.read_text()
-    begin = BEGIN.format(name)
-    before, found, rest = document.partition(begin)
-    if not found:
-        sys.exit(f"{DOCUMENT} has no line {begin!r} to put the table after")
-    DOCUMENT.write_text(f"{before}{begin}\n{text}\n{END}{rest.partition(END)[2]}")
-
-
 def main() -> None:
     """Measure, print, and write what was asked for."""
     parser = argparse.ArgumentParser(
@@ -276,7 +266,7 @@ def main() -> None:
         text = f"{table(rows)}\n\n{summary(name, rows)}"
         print(f"\n## {name}\n\n{text}")
         if arguments.write:
-            _write(name, text)
+            write_table("performance.md", f"bench_layer.py {name}", text)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

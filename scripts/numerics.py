@@ -6,16 +6,14 @@ python scripts/numerics.py --write  also puts it into docs/numerics.md
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
+from document import write_table
 from torch import Tensor, nn
 
 from syncbn.kernels import ReferenceKernels
 from syncbn.moments import Moments, from_summable, to_summable
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "numerics.md"
-BEGIN, END = "<!-- table: scripts/numerics.py -->", "<!-- end of table -->"
 WORLD_SIZE = 4
 SHAPE = (8, 16, 14, 14)  # of each replica
 CASES = [
@@ -127,9 +125,7 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if arguments.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        write_table("numerics.md", "numerics.py", table)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def compiler() -> str | None:
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
-def compile_library(
-    to: Path, cxx: str, flags: list[str] | None = None, machine: str | None = None
-) -> None:
+def compile_library(to: Path, cxx: str, flags: list[str] | None = None) -> None:
     """Compile the sources in this directory into a shared library.
 
     Written under another name first and moved then, so that nobody loads half a library.
@@ -59,7 +57,7 @@ def compile_library(
     with tempfile.TemporaryDirectory(dir=to.parent) as directory:
         jobs = [(source, source.stem, list[str]()) for source in sorted(HERE.glob("*.cpp"))]
         jobs = [job for job in jobs if job[1] != "kernels"]
-        for level, extra in levels(machine or platform.machine()).items():
+        for level, extra in levels(platform.machine()).items():
             jobs.append((HERE / "kernels.cpp", level, [f"-DSYNCBN_LEVEL={level}", *extra]))
         objects = [str(Path(directory) / f"{name}.o") for _, name, _ in jobs]
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -112,23 +113,17 @@ struct Coefficients {
   }
 };
 
-// First element of each channel: near enough to the mean as a rule.
+// The first value of each channel: near enough to the mean as a rule.
 void first_values(DType dtype, const void* x, Shape shape, double* shift) {
-  const Shape one{1, shape.c, shape.channels_last ? 1 : shape.s, shape.channels_last};
-  if (shape.channels_last) {
-    std::vector<double> zero(shape.c, 0.0), square(shape.c);
-    std::fill_n(shift, shape.c, 0.0);
-    chosen->sums(dtype, x, one, {0, 1}, zero.data(), shift, square.data());
-    return;
-  }
   const int64_t size = dtype == kFloat32 ? 4 : 2;
-  for (int64_t c = 0; c < shape.c; ++c) {
-    const double zero = 0.0;
-    double square = 0.0;
-    shift[c] = 0.0;
-    const char* value = static_cast<const char*>(x) + c * shape.s * size;
-    chosen->sums(dtype, value, {1, 1, 1, false}, {0, 1}, &zero, shift + c, &square);
-  }
+  const int64_t stride = size * (shape.channels_last ? 1 : shape.s);
+  std::vector<char> row(shape.c * size);
+  for (int64_t c = 0; c < shape.c; ++c)
+    std::memcpy(row.data() + c * size, static_cast<const char*>(x) + c * stride, size);
+  // A row of one value each, summed about 0.
+  std::vector<double> zero(shape.c, 0.0), square(shape.c);
+  std::fill_n(shift, shape.c, 0.0);
+  chosen->sums(dtype, row.data(), {1, shape.c, 1, true}, {0, 1}, zero.data(), shift, square.data());
 }
 
 }  // namespace

@@ -102,11 +102,14 @@ def select_reducer(
             f"shared memory was chosen, and the vectors are on {device}; it is for the CPU alone, "
             "choose 'auto' or 'process_group'"
         )
-    if choice == "process_group" or not on_cpu or not _exchanges_on_cpu(process_group):
+    if choice == "process_group" or not on_cpu:
         return ProcessGroupReducer(process_group)
     reducer = _shared.get(process_group)
-    if reducer is None or reducer.insist != insist:
-        reducer = _shared[process_group] = SharedMemoryReducer(process_group, insist)
+    if reducer is not None and reducer.insist == insist:
+        return reducer
+    if not _exchanges_on_cpu(process_group):
+        return ProcessGroupReducer(process_group)
+    reducer = _shared[process_group] = SharedMemoryReducer(process_group, insist)
     return reducer
 
 

@@ -58,7 +58,8 @@ class SharedMemoryReducer:
         self.rank = dist.get_rank(group)
         self._lock = threading.Lock()
         self._route: _Channel | ProcessGroupReducer | None = None
-        self._hosts: ProcessGroupReducer | None = None
+        self._spans_hosts = False
+        self._hosts: ProcessGroupReducer | None = None  # of the first ranks of each host
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -83,7 +84,7 @@ class SharedMemoryReducer:
             assert self._route is not None  # connected
             values = vector.detach().to(torch.float64).contiguous()
             total = self._route.sum(values)
-            if self._hosts is not None:
+            if self._spans_hosts:
                 total = self._pass_on(total)
             return total.reshape(vector.shape).to(vector.dtype)
 
@@ -93,7 +94,7 @@ class SharedMemoryReducer:
         if self._route.rank != 0:
             # The total of all hosts, plus zeros of those that did not fetch it.
             return self._route.sum(torch.zeros_like(total))
-        assert self._hosts is not None  # or there would be nothing to pass on
+        assert self._hosts is not None  # as for every first rank where there are several hosts
         try:
             total = self._hosts.sum(total)
         except BaseException:
@@ -131,7 +132,8 @@ class SharedMemoryReducer:
             self._route = ProcessGroupReducer(group)
             return
         assert channel is not None  # all are well, this rank too
-        if len(leaders) > 1 and self.rank in leaders:
+        self._spans_hosts = len(leaders) > 1
+        if self._spans_hosts and self.rank in leaders:
             ranks = dist.get_process_group_ranks(group)
             between = dist.new_group(
                 [ranks[leader] for leader in leaders],
@@ -141,8 +143,6 @@ class SharedMemoryReducer:
             )
             assert isinstance(between, dist.ProcessGroup)  # this rank is one of them
             self._hosts = ProcessGroupReducer(between)
-        elif len(leaders) > 1:
-            self._hosts = ProcessGroupReducer(group)  # only says that there are other hosts
         self._route = channel
 
 

@@ -50,7 +50,7 @@ class NativeKernels:
             return ReferenceKernels().local_moments(x)
         count = x.numel() // x.shape[1]
         total = torch.full((), float(count), dtype=torch.float64, device=x.device)
-        if _dispatched(x):
+        if _dispatched():
             return Moments(total, *torch.ops.syncbn.local_moments(x))
         mean, m2 = _vector(x), _vector(x)
         _library().syncbn_local_moments(
@@ -65,7 +65,7 @@ class NativeKernels:
         """Return (x − mean)·invstd·weight + bias in x's dtype and memory format."""
         if not _handles(x, mean, invstd, weight, bias):
             return ReferenceKernels().normalize(x, mean, invstd, weight, bias)
-        if _dispatched(x):
+        if _dispatched():
             return torch.ops.syncbn.normalize(x, mean, invstd, weight, bias)
         y = torch.empty_like(x)
         statistics, parameters = _Statistics.of(mean, invstd), _Parameters.of(weight, bias)
@@ -81,7 +81,7 @@ class NativeKernels:
         """Return Σdy and Σdy·x̂ over this replica, each (C,), float64."""
         if not _handles(x, dy, mean, invstd):
             return ReferenceKernels().backward_reduce(dy, x, mean, invstd)
-        if _dispatched(x):
+        if _dispatched():
             return torch.ops.syncbn.backward_reduce(dy, x, mean, invstd)
         dy = _laid_out_as(x, dy)
         sum_dy, sum_dy_xhat = _vector(x), _vector(x)
@@ -106,7 +106,7 @@ class NativeKernels:
         means = mean_dy, mean_dy_xhat
         if not _handles(x, dy, mean, invstd, weight, *means):
             return ReferenceKernels().backward_input(dy, x, mean, invstd, weight, *means)
-        if _dispatched(x):
+        if _dispatched():
             return torch.ops.syncbn.backward_input(dy, x, mean, invstd, weight, *means)
         dy, dx = _laid_out_as(x, dy), torch.empty_like(x)
         statistics, parameters = _Statistics.of(mean, invstd), _Parameters.of(weight, None)
@@ -139,7 +139,7 @@ def _handles(x: Tensor, *others: Tensor | None) -> bool:
     return True
 
 
-def _dispatched(x: Tensor) -> bool:
+def _dispatched() -> bool:
     """Return whether torch must see the call: it is tracing, or something listens to operations."""
     return torch.compiler.is_compiling() or _listeners() > 0
 
@@ -165,7 +165,7 @@ def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def _vector(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=torch.float64)
+    return x.new_empty(x.shape[1], dtype=torch.float64)
 
 
 class _Statistics(NamedTuple):
@@ -207,16 +207,12 @@ class _Parameters(NamedTuple):
 
 
 # What torch.compile puts into its graphs. It may hand over other strides than it traced with, so
-# each of them goes through the method again, which looks.
+# each of them goes through the method again, which looks. The fakes tell what comes out: two
+# vectors, or a tensor like x.
 @torch.library.custom_op("syncbn::local_moments", mutates_args=())
 def _local_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     moments = NativeKernels().local_moments(x)
     return moments.mean, moments.m2
-
-
-@_local_moments.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake_vector(x), _fake_vector(x)
 
 
 @torch.library.custom_op("syncbn::normalize", mutates_args=())
@@ -226,21 +222,9 @@ def _normalize(
     return NativeKernels().normalize(x, mean, invstd, weight, bias)
 
 
-@_normalize.register_fake
-def _(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 @torch.library.custom_op("syncbn::backward_reduce", mutates_args=())
 def _backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     return NativeKernels().backward_reduce(dy, x, mean, invstd)
-
-
-@_backward_reduce.register_fake
-def _(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake_vector(x), _fake_vector(x)
 
 
 @torch.library.custom_op("syncbn::backward_input", mutates_args=())
@@ -256,18 +240,7 @@ def _backward_input(
     return NativeKernels().backward_input(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat)
 
 
-@_backward_input.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    mean_dy: Tensor,
-    mean_dy_xhat: Tensor,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_vector(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
+_local_moments.register_fake(lambda x: (_vector(x), _vector(x)))
+_normalize.register_fake(lambda x, *_: torch.empty_like(x))
+_backward_reduce.register_fake(lambda dy, x, *_: (_vector(x), _vector(x)))
+_backward_input.register_fake(lambda dy, x, *_: torch.empty_like(x))

@@ -1,23 +1,32 @@
 """What every set of kernels must do; truth is the formula in float64."""
 
+from collections.abc import Generator
+
 import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Kernels, ReferenceKernels
-from tests.support.native import KernelsAtLevel
+from syncbn.kernels import Kernels, NativeKernels, ReferenceKernels
+from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 
-KERNELS = [
-    pytest.param(ReferenceKernels(), id="reference"),
-    *(pytest.param(KernelsAtLevel(level), id=f"native at level {level}") for level in (0, 1, 2)),
-]
 SHAPES = [(5, 3), (1, 1), (4, 3, 7), (2, 5, 3, 4), (3, 2, 2, 3, 2), (11, 37, 5, 7), (3, 5, 300)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-kernel_sets = pytest.mark.parametrize("kernels", KERNELS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(
+    params=[None, 0, 1, 2], ids=["reference", *(f"native at level {n}" for n in range(3))]
+)
+def kernels(request: pytest.FixtureRequest) -> Generator[Kernels]:
+    """The reference, and the native kernels at each level of instructions."""
+    if request.param is None:
+        yield ReferenceKernels()
+        return
+    with limited(request.param):
+        yield NativeKernels()
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, offset: float = 0.0) -> Tensor:
@@ -38,7 +47,6 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return exact.mean(_axes(x)), torch.rsqrt(exact.var(_axes(x), correction=0) + 1e-5)
 
 
-@kernel_sets
 @shapes
 @dtypes
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -57,7 +65,6 @@ def test_local_moments_are_those_in_float64(
     torch.testing.assert_close(moments.m2, m2, rtol=1e-6, atol=1e-12)
 
 
-@kernel_sets
 def test_variance_of_a_distant_float32_batch_keeps_its_digits(kernels: Kernels) -> None:
     x = (_random((64, 4, 9), torch.float64, 0) * 1e-2 + 1e4).float()
     m2 = kernels.local_moments(x).m2
@@ -66,7 +73,6 @@ def test_variance_of_a_distant_float32_batch_keeps_its_digits(kernels: Kernels) 
     torch.testing.assert_close(m2, expected, rtol=1e-6, atol=0)
 
 
-@kernel_sets
 @dtypes
 def test_empty_batch_has_zero_moments_and_sums(kernels: Kernels, dtype: torch.dtype) -> None:
     x = torch.empty(0, 3, 4, dtype=dtype)
@@ -79,7 +85,6 @@ def test_empty_batch_has_zero_moments_and_sums(kernels: Kernels, dtype: torch.dt
     assert kernels.backward_input(x, x, zero, one, None, zero, zero).shape == x.shape
 
 
-@kernel_sets
 @shapes
 @dtypes
 @pytest.mark.parametrize("affine", [True, False])
@@ -102,7 +107,6 @@ def test_normalize_is_the_formula(
     assert_as_exact(y, formula(x, torch.float64), plain, "y")
 
 
-@kernel_sets
 @shapes
 @dtypes
 @pytest.mark.parametrize("affine", [True, False])
@@ -146,7 +150,6 @@ def _strided(layout: str) -> Tensor:
     return x
 
 
-@kernel_sets
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
 def test_memory_format_changes_no_value_and_is_kept(kernels: Kernels, layout: str) -> None:
     x = _strided(layout)
@@ -164,7 +167,6 @@ def test_memory_format_changes_no_value_and_is_kept(kernels: Kernels, layout: st
         assert output.stride() == torch.empty_like(x).stride()
 
 
-@kernel_sets
 def test_inputs_are_left_as_they_are(kernels: Kernels) -> None:
     x, dy = _random((4, 3, 5), torch.float32, 0), _random((4, 3, 5), torch.float32, 1)
     x_before, dy_before = x.clone(), dy.clone()
