@@ -79,7 +79,7 @@ def select_reducer(
             `auto`. All ranks must choose the same.
 
     Raises:
-        InputError: the choice is none of these, or shared memory for a device that has none.
+        InputError: the choice is none of these, or shared memory for a device or group without.
     """
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -108,6 +108,12 @@ def select_reducer(
     if reducer is not None and reducer.insist == insist:
         return reducer
     if not _exchanges_on_cpu(process_group):
+        if insist:
+            backends = dist.get_backend_config(process_group)
+            raise InputError(
+                f"shared memory was chosen, and the group's backends are {backends}; it takes gloo "
+                "for the CPU, choose 'auto' or 'process_group'"
+            )
         return ProcessGroupReducer(process_group)
     reducer = _shared[process_group] = SharedMemoryReducer(process_group, insist)
     return reducer

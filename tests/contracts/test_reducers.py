@@ -1,5 +1,6 @@
 """What every reducer must do, on every rank of worlds of 1 to 8."""
 
+import importlib
 import os
 import random
 import re
@@ -253,6 +254,19 @@ def _selected_elsewhere() -> str:
         with variable, pytest.raises(InputError, match=message):
             select_reducer(None, device)
     return type(select_reducer(None, meta)).__name__
+
+
+def _selected_without_gloo() -> str:
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers a backend
+    group = dist.new_group([0, 1], backend="fake")
+    assert isinstance(group, dist.ProcessGroup)
+    with pytest.raises(InputError, match="it takes gloo for the CPU, choose 'auto' or"):
+        select_reducer(group, None, "shared_memory")
+    return type(select_reducer(group)).__name__
+
+
+def test_group_that_cannot_exchange_on_the_cpu_is_not_asked_to() -> None:
+    assert run_world(2, _selected_without_gloo) == [ProcessGroupReducer.__name__] * 2
 
 
 def _left_behind() -> int:
