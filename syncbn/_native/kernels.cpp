@@ -1,13 +1,53 @@
 // The loops over activations. Compiled once for each level of instructions, with SYNCBN_LEVEL the
-// name of the table to define; plain loops, which the compiler vectorises for the level.
+// name of the table to define, in the vectors of GCC and Clang as wide as the level's.
 //
 // Everything lives in an unnamed namespace, and nothing of the standard library is instantiated:
 // of an inline function that two levels share, the linker would keep one for both.
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace syncbn {
 namespace {
+
+// Floats in a register; a sum, in doubles, takes half as many at once.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kHalf = kWidth / 2;
+#if defined(__F16C__)
+constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#endif
+
+template <typename T, int kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+// A single value is no vector of one: the operators, and ?:, work on both.
+template <typename T>
+struct VectorOf<T, 1> {
+  typedef T type;
+};
+template <int kCount>
+using Floats = typename VectorOf<float, kCount>::type;
+template <int kCount>
+using Doubles = typename VectorOf<double, kCount>::type;
+template <int kCount>
+using Words = typename VectorOf<uint32_t, kCount>::type;
+template <int kCount>
+using Halves = typename VectorOf<uint16_t, kCount>::type;
+
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -16,222 +56,400 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float from_bits(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
+template <typename ToT, typename FromT>
+inline ToT bit_cast(FromT from) {
+  static_assert(sizeof(ToT) == sizeof(FromT), "the same bits");
+  ToT to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <typename T>
+inline T read(const void* from) {
+  T value;
+  __builtin_memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline uint32_t to_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
+template <typename T>
+inline void write(T value, void* to) {
+  __builtin_memcpy(to, &value, sizeof value);
 }
 
-inline float load(float value) { return value; }
+// Conversions by the processor's own instruction, for which GCC 12's __builtin_convertvector, the
+// way of every other processor, takes several. With maskz and a full mask, because the plain
+// AVX-512 forms make GCC 12 warn of an uninitialised variable of theirs.
+template <int kCount>
+inline Doubles<kCount> to_double(Floats<kCount> from) {
+  if constexpr (kCount == 1)
+    return static_cast<double>(from);
+#if defined(__AVX512F__)
+  else if constexpr (kCount == 8)
+    return bit_cast<Doubles<8>>(_mm512_maskz_cvtps_pd(0xff, bit_cast<__m256>(from)));
+#endif
+#if defined(__AVX2__)
+  else if constexpr (kCount == 4)
+    return bit_cast<Doubles<4>>(_mm256_cvtps_pd(bit_cast<__m128>(from)));
+#endif
+  else
+    return __builtin_convertvector(from, Doubles<kCount>);
+}
 
-inline float load(BFloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
+template <int kCount>
+inline Words<kCount> to_words(const void* from) {
+  if constexpr (kCount == 1)
+    return read<uint16_t>(from);
+#if defined(__AVX512F__)
+  else if constexpr (kCount == 16)
+    return bit_cast<Words<16>>(_mm512_maskz_cvtepu16_epi32(0xffff, read<__m256i>(from)));
+#endif
+#if defined(__AVX2__)
+  else if constexpr (kCount == 8)
+    return bit_cast<Words<8>>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
+  else if constexpr (kCount == 4)
+    return bit_cast<Words<4>>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(read<int64_t>(from))));
+#endif
+  else
+    return __builtin_convertvector(read<Halves<kCount>>(from), Words<kCount>);
+}
+
+template <int kCount>
+inline void write_halves(Words<kCount> from, void* to) {
+  if constexpr (kCount == 1)
+    write(static_cast<uint16_t>(from), to);
+#if defined(__AVX512F__)
+  else if constexpr (kCount == 16)
+    write(_mm512_maskz_cvtepi32_epi16(0xffff, bit_cast<__m512i>(from)), to);
+#endif
+#if defined(__AVX2__)
+  else if constexpr (kCount == 4)
+    write(_mm_cvtsi128_si64(_mm_packus_epi32(bit_cast<__m128i>(from), bit_cast<__m128i>(from))), to);
+  else if constexpr (kCount == 8) {
+    const __m256i lanes = bit_cast<__m256i>(from);
+    write(_mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)), to);
+  }
+#endif
+  else
+    write(__builtin_convertvector(from, Halves<kCount>), to);
+}
+
+template <int kCount>
+inline Floats<kCount> load(const float* from) {
+  return read<Floats<kCount>>(from);
+}
+
+template <int kCount>
+inline Floats<kCount> load(const BFloat16* from) {
+  return bit_cast<Floats<kCount>>(to_words<kCount>(from) << 16);
+}
 
 // Exact, subnormals, infinities and NaN included, in integer operations that every level has.
-inline float load(Float16 value) {
-  const uint32_t magnitude = uint32_t{value.bits & 0x7fffu} << 13;
-  const uint32_t exponent = magnitude & 0x0f800000u;
-  const uint32_t normal = magnitude + (112u << 23);
-  const uint32_t special = magnitude + (224u << 23);
+template <int kCount>
+inline Floats<kCount> widened(Words<kCount> half) {
+  using F = Floats<kCount>;
+  using W = Words<kCount>;
+  const W magnitude = (half & 0x7fffu) << 13;
+  const W exponent = magnitude & 0x0f800000u;
+  const W normal = magnitude + (112u << 23);
+  const W special = magnitude + (224u << 23);
   // A subnormal is given the leading 1 of 2^-14, which is then taken away again.
-  const uint32_t small = to_bits(from_bits(magnitude + (113u << 23)) - from_bits(113u << 23));
-  const uint32_t finite = exponent == 0 ? small : normal;
-  const uint32_t result = exponent == 0x0f800000u ? special : finite;
-  return from_bits(result | uint32_t{value.bits & 0x8000u} << 16);
+  const W small = bit_cast<W>(bit_cast<F>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23));
+  const W finite = exponent == 0u ? small : normal;
+  const W result = exponent == 0x0f800000u ? special : finite;
+  return bit_cast<F>(result | (half & 0x8000u) << 16);
 }
-
-inline void store(float value, float* to) { *to = value; }
 
 // To the nearest, ties to even.
-inline void store(float value, BFloat16* to) {
-  const uint32_t bits = to_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline void store(float value, Float16* to) {
-  const uint32_t bits = to_bits(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
+template <int kCount>
+inline Words<kCount> narrowed(Floats<kCount> value) {
+  using F = Floats<kCount>;
+  using W = Words<kCount>;
+  const W bits = bit_cast<W>(value);
+  const W magnitude = bits & 0x7fffffffu;
   // Adding 1/2 aligns a subnormal's digits with the last ones of the sum, which rounds them.
-  const uint32_t small = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < (113u << 23) ? small : normal;
-  const uint32_t result = magnitude >= (143u << 23) ? special : finite;
-  to->bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
+  const W small = bit_cast<W>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+  const W normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const W special = magnitude > 0x7f800000u ? W{} + 0x7e00u : W{} + 0x7c00u;
+  const W finite = magnitude < (113u << 23) ? small : normal;
+  const W result = magnitude >= (143u << 23) ? special : finite;
+  return result | ((bits >> 16) & 0x8000u);
 }
 
-inline float affine(float x, float head, float scale, float offset) {
-  return (x - head) * scale + offset;
+template <int kCount>
+inline Floats<kCount> load(const Float16* from) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16)
+    return bit_cast<Floats<16>>(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(from)));
+#endif
+#if defined(__F16C__)
+  if constexpr (kCount == 8) return bit_cast<Floats<8>>(_mm256_cvtph_ps(read<__m128i>(from)));
+  if constexpr (kCount == 4)
+    return bit_cast<Floats<4>>(_mm_cvtph_ps(_mm_cvtsi64_si128(read<int64_t>(from))));
+#endif
+  return widened<kCount>(to_words<kCount>(from));
+}
+
+template <int kCount>
+inline void store(Floats<kCount> value, float* to) {
+  write(value, to);
+}
+
+// To the nearest, ties to even.
+template <int kCount>
+inline void store(Floats<kCount> value, BFloat16* to) {
+  using W = Words<kCount>;
+  const W bits = bit_cast<W>(value);
+  const W rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const W result = (bits & 0x7fffffffu) > 0x7f800000u ? W{} + 0x7fc0u : rounded;
+  write_halves<kCount>(result, to);
+}
+
+template <int kCount>
+inline void store(Floats<kCount> value, Float16* to) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16)
+    return write(_mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), kNearest), to);
+#endif
+#if defined(__F16C__)
+  if constexpr (kCount == 8)
+    return write(_mm256_cvtps_ph(bit_cast<__m256>(value), kNearest), to);
+  if constexpr (kCount == 4)
+    return write(_mm_cvtsi128_si64(_mm_cvtps_ph(bit_cast<__m128>(value), kNearest)), to);
+#endif
+  write_halves<kCount>(narrowed<kCount>(value), to);
 }
 
 // NaN passes, as in torch.relu and its gradient.
-inline float rectified(float value) { return value <= 0.0f ? 0.0f : value; }
-inline float gated(float dy, float y) { return y <= 0.0f ? 0.0f : dy; }
+template <typename F>
+inline F rectified(F value) {
+  return value <= 0.0f ? F{} : value;
+}
+template <typename F>
+inline F gated(F dy, F y) {
+  return y <= 0.0f ? F{} : dy;
+}
+
+// Calls loop(Count<k>, i) for k values from i on, until all of [begin, end) are done.
+template <typename LoopT>
+inline void in_blocks(int64_t begin, int64_t end, const LoopT& loop) {
+  int64_t i = begin;
+  for (; i + kWidth <= end; i += kWidth) loop(Count<kWidth>{}, i);
+  if constexpr (kWidth > 4)
+    for (; i + 4 <= end; i += 4) loop(Count<4>{}, i);
+  for (; i < end; ++i) loop(Count<1>{}, i);
+}
+
+// As in_blocks, for sums: half as many values, which are as many doubles as a register has.
+template <typename LoopT>
+inline void in_halves(int64_t begin, int64_t end, const LoopT& loop) {
+  int64_t i = begin;
+  for (; i + kHalf <= end; i += kHalf) loop(Count<kHalf>{}, i);
+  for (; i < end; ++i) loop(Count<1>{}, i);
+}
+
+// What k values add to each of two sums.
+template <int kCount>
+struct Terms {
+  Doubles<kCount> a, b;
+
+  inline Terms operator+(Terms other) const { return {a + other.a, b + other.b}; }
+};
+
+// Two sums in lanes of their own: an addition waits for the previous one to its lane alone.
+struct Sums {
+  Terms<kHalf> lane0{}, lane1{}, lane2{}, lane3{};
+  Terms<1> rest{};
+
+  // Adds term(Count<k>, i), the Terms of k values from i on, over [i, end).
+  template <typename TermT>
+  inline void add(int64_t i, int64_t end, const TermT& term) {
+    const Count<kHalf> half;
+    for (; i + 4 * kHalf <= end; i += 4 * kHalf) {
+      lane0 = lane0 + term(half, i);
+      lane1 = lane1 + term(half, i + kHalf);
+      lane2 = lane2 + term(half, i + 2 * kHalf);
+      lane3 = lane3 + term(half, i + 3 * kHalf);
+    }
+    if (i + 2 * kHalf <= end) {
+      lane0 = lane0 + term(half, i);
+      lane1 = lane1 + term(half, i + kHalf);
+      i += 2 * kHalf;
+    }
+    if (i + kHalf <= end) {
+      lane2 = lane2 + term(half, i);
+      i += kHalf;
+    }
+    for (; i < end; ++i) rest = rest + term(Count<1>{}, i);
+  }
+
+  inline void add_to(double* first, double* second) const {
+    const Terms<kHalf> all = (lane0 + lane1) + (lane2 + lane3);
+    Terms<1> sum = rest;
+    for (int lane = 0; lane < kHalf; ++lane) sum = sum + Terms<1>{all.a[lane], all.b[lane]};
+    *first += sum.a;
+    *second += sum.b;
+  }
+};
+
+// Adds term(Count<k>, row's start, c) of each row in turn to first[c] and second[c]; four rows at
+// once, to load and store the sums less often.
+template <typename TermT>
+inline void add_rows(Shape shape, Range rows, double* first, double* second, const TermT& term) {
+  const int64_t channels = shape.c;
+  const auto add = [=](auto count, int64_t c, auto terms) {
+    constexpr int kCount = decltype(count)::value;
+    write(read<Doubles<kCount>>(first + c) + terms.a, first + c);
+    write(read<Doubles<kCount>>(second + c) + terms.b, second + c);
+  };
+  int64_t start = rows.begin * channels;
+  const int64_t end = rows.end * channels;
+  for (; start + 4 * channels <= end; start += 4 * channels)
+    in_halves(0, channels, [&](auto count, int64_t c) {
+      add(count, c,
+          (term(count, start, c) + term(count, start + channels, c)) +
+              (term(count, start + 2 * channels, c) + term(count, start + 3 * channels, c)));
+    });
+  for (; start < end; start += channels)
+    in_halves(0, channels, [&](auto count, int64_t c) { add(count, c, term(count, start, c)); });
+}
 
 template <typename T>
 void sums(const T* x, Shape shape, Range range, const double* shift, double* first,
           double* second) {
-  const int64_t channels = shape.c, length = shape.s;
-  if (!shape.channels_last) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      const double center = shift[c];
-      double a = 0.0, b = 0.0;
-      for (int64_t n = 0; n < shape.n; ++n) {
-        const T* row = x + (n * channels + c) * length;
-#pragma omp simd reduction(+ : a, b)
-        for (int64_t i = 0; i < length; ++i) {
-          const double d = static_cast<double>(load(row[i])) - center;
-          a += d;
-          b += d * d;
-        }
-      }
-      first[c] += a;
-      second[c] += b;
-    }
-    return;
+  const auto term = [=](auto count, int64_t i, auto center) {
+    constexpr int kCount = decltype(count)::value;
+    const Doubles<kCount> d = to_double<kCount>(load<kCount>(x + i)) - center;
+    return Terms<kCount>{d, d * d};
+  };
+  if (shape.channels_last) {
+    return add_rows(shape, range, first, second, [=](auto count, int64_t start, int64_t c) {
+      return term(count, start + c, read<Doubles<decltype(count)::value>>(shift + c));
+    });
   }
-  int64_t r = range.begin;
-  for (; r + 4 <= range.end; r += 4) {  // four rows at once, to load and store the sums less often
-    const T* row = x + r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const double d0 = static_cast<double>(load(row[c])) - shift[c];
-      const double d1 = static_cast<double>(load(row[c + channels])) - shift[c];
-      const double d2 = static_cast<double>(load(row[c + 2 * channels])) - shift[c];
-      const double d3 = static_cast<double>(load(row[c + 3 * channels])) - shift[c];
-      first[c] += (d0 + d1) + (d2 + d3);
-      second[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+  for (int64_t c = range.begin; c < range.end; ++c) {
+    const double center = shift[c];
+    Sums all;
+    for (int64_t n = 0; n < shape.n; ++n) {
+      const int64_t start = (n * shape.c + c) * shape.s;
+      all.add(start, start + shape.s,
+              [=](auto count, int64_t i) { return term(count, i, center); });
     }
+    all.add_to(first + c, second + c);
   }
-  for (; r < range.end; ++r) {
-    const T* row = x + r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      const double d = static_cast<double>(load(row[c])) - shift[c];
-      first[c] += d;
-      second[c] += d * d;
-    }
+}
+
+// What the elementwise loops need of a channel, or, loaded for k channels, of each of them.
+template <typename F>
+struct AffineOf {
+  F head, scale, offset;
+
+  template <typename X>
+  inline X operator()(X x) const {
+    return (x - head) * scale + offset;
   }
+};
+
+template <int kCount>
+inline AffineOf<Floats<kCount>> at(const Affine& affine, int64_t c) {
+  return {load<kCount>(affine.head + c), load<kCount>(affine.scale + c),
+          load<kCount>(affine.offset + c)};
 }
 
 template <typename T, bool kRelu>
 void gradient_sums(const T* dy, const T* x, Shape shape, Range range, const double* mean,
                    const Affine* relu, double* first, double* second) {
-  const int64_t channels = shape.c, length = shape.s;
-  if (!shape.channels_last) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      const double center = mean[c];
-      const float head = kRelu ? relu->head[c] : 0.0f;
-      const float scale = kRelu ? relu->scale[c] : 0.0f;
-      const float offset = kRelu ? relu->offset[c] : 0.0f;
-      double a = 0.0, b = 0.0;
-      for (int64_t n = 0; n < shape.n; ++n) {
-        const int64_t start = (n * channels + c) * length;
-        const T *x_row = x + start, *dy_row = dy + start;
-#pragma omp simd reduction(+ : a, b)
-        for (int64_t i = 0; i < length; ++i) {
-          const float value = load(x_row[i]);
-          float g = load(dy_row[i]);
-          if (kRelu) g = gated(g, affine(value, head, scale, offset));
-          a += static_cast<double>(g);
-          b += static_cast<double>(g) * (static_cast<double>(value) - center);
-        }
-      }
-      first[c] += a;
-      second[c] += b;
+  const auto term = [=](auto count, int64_t i, auto center, auto gate) {
+    constexpr int kCount = decltype(count)::value;
+    const Floats<kCount> value = load<kCount>(x + i);
+    Floats<kCount> g = load<kCount>(dy + i);
+    if constexpr (kRelu) g = gated(g, gate(value));
+    const Doubles<kCount> wide = to_double<kCount>(g);
+    return Terms<kCount>{wide, wide * (to_double<kCount>(value) - center)};
+  };
+  const auto gate_at = [=](auto count, int64_t c) {
+    constexpr int kCount = decltype(count)::value;
+    if constexpr (kRelu)
+      return at<kCount>(*relu, c);
+    else
+      return c;  // which nobody looks at
+  };
+  if (shape.channels_last) {
+    return add_rows(shape, range, first, second, [=](auto count, int64_t start, int64_t c) {
+      constexpr int kCount = decltype(count)::value;
+      return term(count, start + c, read<Doubles<kCount>>(mean + c), gate_at(count, c));
+    });
+  }
+  for (int64_t c = range.begin; c < range.end; ++c) {
+    const double center = mean[c];
+    const auto gate = gate_at(Count<1>{}, c);
+    Sums all;
+    for (int64_t n = 0; n < shape.n; ++n) {
+      const int64_t start = (n * shape.c + c) * shape.s;
+      all.add(start, start + shape.s,
+              [=](auto count, int64_t i) { return term(count, i, center, gate); });
     }
+    all.add_to(first + c, second + c);
+  }
+}
+
+// Calls loop(Count<k>, i, coefficients) for k values from i on. prepare(Count<k>, c) gives the
+// coefficients of k channels from c on.
+template <typename PrepareT, typename LoopT>
+inline void elementwise(Shape shape, Range range, const PrepareT& prepare, const LoopT& loop) {
+  if (shape.channels_last) {
+    for (int64_t r = range.begin; r < range.end; ++r)
+      in_blocks(0, shape.c, [&](auto count, int64_t c) {
+        loop(count, r * shape.c + c, prepare(count, c));
+      });
     return;
   }
-  const auto term = [=](int64_t at, int64_t c, double* a, double* b) {
-    const float value = load(x[at + c]);
-    float g = load(dy[at + c]);
-    if (kRelu) g = gated(g, affine(value, relu->head[c], relu->scale[c], relu->offset[c]));
-    *a = static_cast<double>(g);
-    *b = *a * (static_cast<double>(value) - mean[c]);
-  };
-  int64_t r = range.begin;
-  for (; r + 2 <= range.end; r += 2) {
-    const int64_t at = r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      double a0, b0, a1, b1;
-      term(at, c, &a0, &b0);
-      term(at + channels, c, &a1, &b1);
-      first[c] += a0 + a1;
-      second[c] += b0 + b1;
-    }
-  }
-  for (; r < range.end; ++r) {
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) {
-      double a, b;
-      term(r * channels, c, &a, &b);
-      first[c] += a;
-      second[c] += b;
+  for (int64_t c = range.begin; c < range.end; ++c) {
+    const auto coefficients = prepare(Count<1>{}, c);
+    for (int64_t n = 0; n < shape.n; ++n) {
+      const int64_t start = (n * shape.c + c) * shape.s;
+      in_blocks(start, start + shape.s, [&](auto count, int64_t i) { loop(count, i, coefficients); });
     }
   }
 }
 
 template <typename T, bool kRelu, bool kResidual>
-void normalize(const T* x, const T* residual, T* __restrict y, Shape shape, Range range,
-               Affine by) {
-  const int64_t channels = shape.c, length = shape.s;
-  const auto value = [=](int64_t at, float head, float scale, float offset) {
-    float v = affine(load(x[at]), head, scale, offset);
-    if (kResidual) v += load(residual[at]);
-    return kRelu ? rectified(v) : v;
-  };
-  if (!shape.channels_last) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      const float head = by.head[c], scale = by.scale[c], offset = by.offset[c];
-      for (int64_t n = 0; n < shape.n; ++n) {
-        const int64_t start = (n * channels + c) * length;
-#pragma omp simd
-        for (int64_t i = start; i < start + length; ++i) store(value(i, head, scale, offset), y + i);
-      }
-    }
-    return;
-  }
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    const int64_t start = r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c)
-      store(value(start + c, by.head[c], by.scale[c], by.offset[c]), y + start + c);
-  }
+void normalize(const T* x, const T* residual, T* y, Shape shape, Range range, Affine by) {
+  elementwise(
+      shape, range, [&](auto count, int64_t c) { return at<decltype(count)::value>(by, c); },
+      [=](auto count, int64_t i, const auto& affine) {
+        constexpr int kCount = decltype(count)::value;
+        Floats<kCount> value = affine(load<kCount>(x + i));
+        if constexpr (kResidual) value += load<kCount>(residual + i);
+        if constexpr (kRelu) value = rectified(value);
+        store<kCount>(value, y + i);
+      });
 }
 
+template <typename F>
+struct GradientOf {
+  F head, slope, factor, constant;
+  AffineOf<F> gate;
+};
+
 template <typename T, bool kRelu>
-void gradient(const T* dy, const T* x, T* __restrict dx, Shape shape, Range range,
-              const float* head, const float* slope, const float* factor, const float* constant,
+void gradient(const T* dy, const T* x, T* dx, Shape shape, Range range, const float* head,
+              const float* slope, const float* factor, const float* constant,
               const Affine* relu) {
-  const int64_t channels = shape.c, length = shape.s;
-  const auto value = [=](int64_t at, int64_t c) {
-    const float v = load(x[at]);
-    float g = load(dy[at]);
-    if (kRelu) g = gated(g, affine(v, relu->head[c], relu->scale[c], relu->offset[c]));
-    return g * factor[c] + ((v - head[c]) * slope[c] + constant[c]);
+  const auto prepare = [=](auto count, int64_t c) {
+    constexpr int kCount = decltype(count)::value;
+    GradientOf<Floats<kCount>> of{load<kCount>(head + c),     load<kCount>(slope + c),
+                                  load<kCount>(factor + c),   load<kCount>(constant + c),
+                                  AffineOf<Floats<kCount>>{}};
+    if constexpr (kRelu) of.gate = at<kCount>(*relu, c);
+    return of;
   };
-  if (!shape.channels_last) {
-    for (int64_t c = range.begin; c < range.end; ++c) {
-      for (int64_t n = 0; n < shape.n; ++n) {
-        const int64_t start = (n * channels + c) * length;
-#pragma omp simd
-        for (int64_t i = start; i < start + length; ++i) store(value(i, c), dx + i);
-      }
-    }
-    return;
-  }
-  for (int64_t r = range.begin; r < range.end; ++r) {
-    const int64_t start = r * channels;
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) store(value(start + c, c), dx + start + c);
-  }
+  elementwise(shape, range, prepare, [=](auto count, int64_t i, const auto& of) {
+    constexpr int kCount = decltype(count)::value;
+    const Floats<kCount> value = load<kCount>(x + i);
+    Floats<kCount> g = load<kCount>(dy + i);
+    if constexpr (kRelu) g = gated(g, of.gate(value));
+    store<kCount>(g * of.factor + ((value - of.head) * of.slope + of.constant), dx + i);
+  });
 }
 
 // From here on, each table entry finds the dtype's loop.
