@@ -8,11 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives import Reducer, select_reducer
+from syncbn.collectives import select_reducer
+from syncbn.differentiable import Saved, gradients
 from syncbn.errors import InputError
-from syncbn.kernels import Kernels, ReferenceKernels, select_kernels
+from syncbn.functional_native import NativeSyncBatchNorm
+from syncbn.kernels import Kernels, NativeKernels, select_kernels
+from syncbn.kernels.native import is_plain
 from syncbn.moments import Moments
-from syncbn.reduction import Call, Memory, global_moments, global_sum, require_two_values
+from syncbn.reduction import Call, global_moments, require_two_values
 
 
 def sync_batch_norm(
@@ -22,12 +25,17 @@ def sync_batch_norm(
     *,
     eps: float = 1e-5,
     process_group: dist.ProcessGroup | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    reducer: str | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalise x by the mean and variance of the batch that all replicas hold together.
 
     y = (x − μ)/√(σ² + eps)·weight + bias, with μ and the biased σ² of each channel over the
     concatenation of every replica's x along N. Replicas may hold different N and spatial sizes,
-    or nothing.
+    or nothing. With a residual, y is that plus the residual; with relu, y = max(that, 0), in the
+    same pass over memory. A ReLU's mask is computed again from x, so that BN and ReLU together
+    keep one tensor of x's size for the backward pass; with a residual they keep y too.
 
     The gradient flows through μ and σ over all replicas: dx = weight/σ·(dy − mean(dy) −
     x̂·mean(dy·x̂)). The gradients of weight and bias are this replica's share alone, because
@@ -49,23 +57,36 @@ def sync_batch_norm(
         eps: added to σ² inside the square root; dimension of x².
         process_group: the replicas; None means the default group, or this process alone where
             `torch.distributed` is not initialised.
+        residual: added before the ReLU; of x's shape, dtype and device.
+        relu: whether to return max(y, 0) in y's place.
+        reducer: who sums over the replicas, the same on all of them: `shared_memory`,
+            `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
+            `auto`. See `syncbn.collectives.select_reducer`.
 
     Returns:
         y, and the moments of the whole batch, which carry no gradient.
 
     Raises:
-        InputError: x is not floating point or has fewer than two dimensions (on this replica,
-            before anything is sent); or all replicas together hold one value per channel, whose
+        InputError: x is not floating point or has fewer than two dimensions, or the residual is
+            not like x, or the reducer is impossible (on this replica, before anything is sent);
+            or all replicas together hold one value per channel, whose
             variance is undefined (on every replica, after the reduction).
         ReplicaError: the all-reduce failed, or what the replicas sent does not belong together.
 
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the gradient of
     section 3.
     """
-    if reason := reason_to_refuse(x):
+    reason = reason_to_refuse(x)
+    if residual is not None and not alike(x, residual):
+        reason = (
+            f"expected a residual like the input, of shape {tuple(x.shape)}, {x.dtype}, on "
+            f"{x.device}; got {tuple(residual.shape)}, {residual.dtype}, on {residual.device}"
+        )
+    if reason:
         raise InputError(reason)
-    reducer = select_reducer(process_group, x.device)
-    y, moments, _ = normalize_with_memory(x, weight, bias, eps, reducer, None)
+    call = Call(select_reducer(process_group, x.device, reducer), None, x.shape[1], x.dtype)
+    y, moments = normalize(x, weight, bias, residual, eps, relu, call)
+    assert moments is not None  # without a memory, there is nothing to repeat
     return y, moments
 
 
@@ -78,43 +99,53 @@ def reason_to_refuse(x: Tensor) -> str:
     return ""
 
 
-def normalize_with_memory(
+def alike(x: Tensor, residual: Tensor) -> bool:
+    """Return whether a residual can be added in the same pass."""
+    return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+
+
+def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
     eps: float,
-    reducer: Reducer,
-    memory: Memory | None,
-) -> tuple[Tensor, Moments, bool]:
-    """Do what `sync_batch_norm` does for a layer, whose memory betters and spares reductions.
+    relu: bool,
+    call: Call,
+) -> tuple[Tensor, Moments | None]:
+    """Do what `sync_batch_norm` does, on inputs that are known to be good, for a layer's call.
 
-    Returns:
-        y; the moments of the whole batch; and whether this call repeats an earlier one for
-        activation checkpointing, whose moments it then returns without having communicated.
+    Where the call has a memory, it betters and spares reductions. A call that repeats an earlier
+    one for activation checkpointing does not communicate, and returns no moments.
     """
-    call = Call(reducer, memory, x.shape[1], x.dtype)
-    outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(x, weight, bias, eps, select_kernels(), call)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
+    kernels = select_kernels()
+    inputs = x, weight, bias, residual
+    if isinstance(kernels, NativeKernels) and is_plain(*inputs):
+        y: Tensor = NativeSyncBatchNorm.apply(*inputs, eps, relu, call)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
+        return y, call.take_moments()
+    outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(*inputs, eps, relu, kernels, call)  # pyright: ignore[reportAssignmentType] -- as above
     y, count, mean, m2, _ = outputs
-    replayed = call.reduction is not None and call.reduction.replayed
-    return y, Moments(count, mean, m2), replayed
+    return y, None if call.replayed else Moments(count, mean, m2)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """(x, weight, bias) to (y, count, mean, m2, invstd); only y has a gradient."""
+    """(x, weight, bias, residual) to (y, count, mean, m2, invstd); only y has a gradient."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
+        relu: bool,
         kernels: Kernels,
         call: Call,
     ) -> tuple[Tensor, ...]:
         moments = global_moments(kernels.local_moments(x), call)
         require_two_values(moments.count, x[:, 0].numel(), call)
         invstd = torch.rsqrt(moments.variance() + eps)
-        y = kernels.normalize(x, moments.mean, invstd, weight, bias)
+        y = kernels.normalize(x, moments.mean, invstd, weight, bias, residual, relu)
         if torch.compiler.is_compiling():
             # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
             # to the dtype that it has; the compiler fuses the copy away.
@@ -123,32 +154,28 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, _, ctx.kernels, ctx.call = inputs
-        _, count, mean, m2, invstd = output
+        x, weight, bias, residual, _, ctx.relu, ctx.kernels, ctx.call = inputs
+        y, count, mean, m2, invstd = output
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(count, mean, m2, invstd)
-        ctx.save_for_backward(x, weight, count, mean, invstd)
+        masks = None, None
+        if ctx.relu:
+            masks = (bias, None) if residual is None else (None, y)
+        ctx.save_for_backward(x, weight, *masks, count, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
-        dy = grads[0]
-        x, weight, count, mean, invstd = ctx.saved_tensors
-        kernels: Kernels = ctx.kernels
-        call: Call = ctx.call
-        add_up = global_sum
-        # Grad mode is on here when the gradient is to be differentiated in turn.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            kernels, add_up = ReferenceKernels(), _differentiable_sum
-            mean, invstd = _as_function_of_x(x, count, mean, invstd, call)
-        sum_dy, sum_dy_xhat = kernels.backward_reduce(dy, x, mean, invstd)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            sums = add_up(torch.cat([sum_dy, sum_dy_xhat]), call) / count.clamp(min=1)
-            mean_dy, mean_dy_xhat = sums.chunk(2)
-            dx = kernels.backward_input(dy, x, mean, invstd, weight, mean_dy, mean_dy_xhat)
-        dweight = sum_dy_xhat.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = sum_dy.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        return dx, dweight, dbias, None, None, None
+        x, weight, bias, y, count, mean, invstd = ctx.saved_tensors
+        saved = Saved(x, weight, bias, y, count, mean, invstd, ctx.relu)
+        needs = ctx.needs_input_grad
+        dx, dweight, dbias, dresidual = gradients(grads[0], saved, needs[0], ctx.kernels, ctx.call)
+        return (
+            dx,
+            dweight.to(saved.weight.dtype) if saved.weight is not None and needs[1] else None,
+            dbias.to(ctx.bias_dtype) if needs[2] else None,
+            dresidual if needs[3] else None,
+            *[None] * 4,
+        )
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
@@ -157,7 +184,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        residual: Tensor | None,
         eps: float,
+        relu: bool,
         kernels: Kernels,
         call: Call,
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
@@ -176,11 +205,12 @@ class _SyncBatchNorm(torch.autograd.Function):
             return tensor.flatten(at, at + 1)
 
         together = replace(call, memory=None, channels=members * channels)
-        x_together = beside(x, in_dims[0], 1)
-        parameters = beside(weight, in_dims[1], 0), beside(bias, in_dims[2], 0)
-        outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(
-            x_together, *parameters, eps, kernels, together
-        )  # pyright: ignore[reportAssignmentType] -- as above
+        inputs = (
+            beside(x, in_dims[0], 1),
+            *(beside(weight, in_dims[1], 0), beside(bias, in_dims[2], 0)),
+            beside(residual, in_dims[3], 1),
+        )
+        outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(*inputs, eps, relu, kernels, together)  # pyright: ignore[reportAssignmentType] -- as above
         y, count, *vectors = outputs
         vectors = [vector.unflatten(0, (members, channels)) for vector in vectors]
         return (y.unflatten(1, (members, channels)), count, *vectors), (1, None, 0, 0, 0)
@@ -188,68 +218,3 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 # torch binds the arguments of every call to the signature; found here, it need not be made anew.
 _SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # pyright: ignore[reportFunctionMemberAccess] -- what inspect documents for it
-
-
-def _as_function_of_x(
-    x: Tensor, count: Tensor, mean: Tensor, invstd: Tensor, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Return mean and invstd, of values known already, as what they are: functions of x."""
-    outputs: tuple[Tensor, Tensor] = _Statistics.apply(x, count, mean, invstd, call)  # pyright: ignore[reportAssignmentType] -- as above
-    return outputs
-
-
-class _Statistics(torch.autograd.Function):
-    """x to mean and invstd: ∂mean/∂x = 1/n and ∂invstd/∂x = −invstd³·(x − mean)/n, n = count."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        x: Tensor, count: Tensor, mean: Tensor, invstd: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor]:
-        return mean.clone(), invstd.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, count, _, _, ctx.call = inputs
-        ctx.save_for_backward(x, count, *output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        x, count, mean, invstd = ctx.saved_tensors
-        sums = _differentiable_sum(torch.cat(grads), ctx.call) / count.clamp(min=1)
-        dmean, dinvstd = sums.chunk(2)
-        # The kernel's formula with dy = 0 and a weight of 1.
-        dx = ReferenceKernels().backward_input(
-            torch.zeros_like(x), x, mean, invstd, None, -dmean / invstd, dinvstd * invstd
-        )
-        return dx, None, None, None, None
-
-
-def _differentiable_sum(vector: Tensor, call: Call) -> Tensor:
-    if call.reducer.world_size == 1:
-        return vector
-    total: Tensor = _GlobalSum.apply(vector, call)  # pyright: ignore[reportAssignmentType] -- as above
-    return total
-
-
-class _GlobalSum(torch.autograd.Function):
-    """The sum over replicas; what depends on it anywhere depends on every replica's share."""
-
-    @staticmethod
-    def forward(vector: Tensor, call: Call) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return global_sum(vector, call)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.call = inputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return _differentiable_sum(grads[0], ctx.call), None
-
-    @staticmethod
-    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        info: Any, in_dims: tuple[int | None, ...], vector: Tensor, call: Call
-    ) -> tuple[Tensor, int | None]:
-        return _differentiable_sum(vector, call), in_dims[0]

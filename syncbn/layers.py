@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.collectives import SingleReplica, select_reducer
+from syncbn.collectives import CHOICES, Reducer, SingleReplica, select_reducer
 from syncbn.errors import InputError
-from syncbn.functional import normalize_with_memory, reason_to_refuse
+from syncbn.functional import alike, normalize, reason_to_refuse
 from syncbn.kernels import ReferenceKernels
+from syncbn.kernels.native import track
 from syncbn.moments import Moments
 from syncbn.reduction import Call, Memory, refuse
+
+_RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
@@ -47,10 +50,16 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: whether an affine layer has a bias β.
+        relu: whether to return max(y, 0) in y's place, in the same pass over memory; see
+            `sync_batch_norm`. Saves the tensor that a ReLU after the layer would keep.
+        reducer: who sums over the replicas, the same on all of them: `shared_memory`,
+            `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
+            `auto`. See `syncbn.collectives.select_reducer`.
 
     Raises:
-        InputError: in `forward`, see `sync_batch_norm`; also where the input has not
-            `num_features` channels, under `join()`, and where a pickled group is missing.
+        InputError: the reducer is none of these. In `forward`, see `sync_batch_norm`; also where
+            the input has not `num_features` channels, under `join()`, and where a pickled group is
+            missing.
         ReplicaError: in `forward` or `backward`, see `sync_batch_norm`; also where another replica
             refused its input.
 
@@ -58,6 +67,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
     """
 
     _memory: Memory
+    # Of the class, so that a converted layer has them too, and under a name that its own class is
+    # unlikely to have for a module.
+    fuses_relu: bool = False
+    reducer: str | None = None
 
     def __init__(
         self,
@@ -71,6 +84,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        relu: bool = False,
+        reducer: str | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -78,6 +93,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if not bias:  # torch 2.11 has no such argument to pass on
             self.register_parameter("bias", None)
         self.process_group = process_group
+        self.fuses_relu = relu
+        choose_reducer(self, reducer)
         adopt(self)
 
     def reset_parameters(self) -> None:
@@ -87,24 +104,46 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
             if parameter is not None:  # pyright: ignore[reportUnnecessaryComparison] -- None without affine or bias, which torch's annotation leaves out
                 nn.init.constant_(parameter, value)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised input, of the same shape, dtype and memory format."""
+    def extra_repr(self) -> str:
+        """Return the arguments that matter to a reader."""
+        parts = [super().extra_repr()]
+        if self.fuses_relu:
+            parts.append("relu=True")
+        if self.reducer is not None:
+            parts.append(f"reducer={self.reducer!r}")
+        return ", ".join(parts)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the normalised input, of the same shape, dtype and memory format.
+
+        A residual is added to it, and max(·, 0) taken of the sum where the layer has a ReLU: in
+        the same pass if the residual has the input's shape and dtype, and as the separate
+        operations would otherwise.
+        """
         self._check_input_dim(input)
         self._check_input(input)
-        if not self.training:
-            return self._evaluate(input)
+        fits = residual is None or alike(input, residual)
+        if fits and self.training:
+            return self._train(input, residual, self.fuses_relu)
+        output = self._train(input, None, False) if self.training else self._evaluate(input)
+        if residual is not None:
+            output = output + residual
+        return functional.relu(output) if self.fuses_relu else output
+
+    def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         _refuse_join()
-        output, moments, replayed = normalize_with_memory(
-            input,
-            self.weight,
-            self.bias,
-            self.eps,
-            select_reducer(self._group(), input.device),
-            self._memory,
-        )
-        if self.track_running_stats and not replayed:
+        call = self._call(input, self._reducer(input))
+        parameters = self.weight, self.bias
+        output, moments = normalize(input, *parameters, residual, self.eps, relu, call)
+        if moments is not None and self.track_running_stats:
             self._track(moments)
         return output
+
+    def _reducer(self, input: Tensor) -> Reducer:
+        return select_reducer(self._group(), input.device, self.reducer)
+
+    def _call(self, input: Tensor, reducer: Reducer) -> Call:
+        return Call(reducer, self._memory, self.num_features, input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any input; a converted layer's own class may be stricter."""
@@ -117,22 +156,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if not reason:
             return
         if self.training:
-            call = Call(
-                select_reducer(self._group(), input.device),
-                self._memory,
-                self.num_features,
-                input.dtype,
-            )
-            refuse(call, input.device, reason)
+            refuse(self._call(input, self._reducer(input)), input.device, reason)
         raise InputError(reason)
 
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         if mean is None or variance is None:
             # The batch's own statistics stand in, unsynchronised: torch's rule.
-            return normalize_with_memory(
-                input, self.weight, self.bias, self.eps, SingleReplica(), None
-            )[0]
+            call = Call(SingleReplica(), None, self.num_features, input.dtype)
+            return normalize(input, self.weight, self.bias, None, self.eps, False, call)[0]
         parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
         dtypes = {parameter.dtype for parameter in parameters}
         if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):
@@ -153,21 +185,22 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
 
         Without a branch on the count, which would make the host wait for a GPU.
         """
-        if (
-            self.running_mean is None
-            or self.running_var is None
-            or self.num_batches_tracked is None
-        ):
+        # By its own dictionary: nn.Module takes longer to find an attribute.
+        running_mean, running_var, num_batches_tracked = map(self._buffers.get, _RUNNING)
+        if running_mean is None or running_var is None or num_batches_tracked is None:
+            return
+        buffers = running_mean, running_var, num_batches_tracked
+        if track(moments, *buffers, self.momentum):
             return
         seen = moments.count > 0
-        self.num_batches_tracked.add_(seen)
+        num_batches_tracked.add_(seen)
         if self.momentum is None:
-            momentum: Any = 1.0 / self.num_batches_tracked.clamp(min=1).double()
+            momentum: Any = 1.0 / num_batches_tracked.clamp(min=1).double()
         else:
             momentum = self.momentum
         for running, batch in (
-            (self.running_mean, moments.mean),
-            (self.running_var, moments.unbiased_variance()),
+            (running_mean, moments.mean),
+            (running_var, moments.unbiased_variance()),
         ):
             moved = running.double() * (1 - momentum) + batch * momentum
             running.copy_(torch.where(seen, moved, running.double()))
@@ -229,6 +262,17 @@ def adopt(layer: SyncBatchNorm, shift: Tensor | None = None) -> None:
     if shift is not None:
         memory.shift = shift
     layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class; torch types attributes as tensors or modules
+
+
+def choose_reducer(layer: SyncBatchNorm, reducer: str | None) -> None:
+    """Let a layer, new or converted, sum over the replicas as asked for; None leaves it open.
+
+    Raises:
+        InputError: there is no such choice.
+    """
+    if reducer is not None and reducer not in CHOICES:
+        raise InputError(f"the reducer is {reducer!r}; choose {', '.join(CHOICES)} or None")
+    layer.reducer = reducer  # pyright: ignore[reportAttributeAccessIssue] -- torch types attributes as tensors or modules
 
 
 def _device(layer: SyncBatchNorm) -> torch.device:

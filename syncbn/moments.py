@@ -35,6 +35,34 @@ class Moments:
         return self.m2 / (self.count - 1).clamp(min=1)
 
 
+class PackedMoments(Moments):
+    """Moments that came as one vector, taken apart when somebody asks.
+
+    Attributes:
+        vector: count, means and M2, shape (2C + 1,), float64.
+    """
+
+    def __init__(self, vector: Tensor) -> None:
+        object.__setattr__(self, "vector", vector)
+
+    vector: Tensor
+
+    @property
+    def count(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] -- a frozen attribute, as before
+        """See `Moments`."""
+        return self.vector[0]
+
+    @property
+    def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] -- as above
+        """See `Moments`."""
+        return self.vector[1 : (self.vector.shape[0] + 1) // 2]
+
+    @property
+    def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] -- as above
+        """See `Moments`."""
+        return self.vector[(self.vector.shape[0] + 1) // 2 :]
+
+
 def merge(a: Moments, b: Moments) -> Moments:
     """Return the moments of the union of two batches.
 

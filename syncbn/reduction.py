@@ -28,19 +28,30 @@ DEBUG_VARIABLE = "SYNCBN_DEBUG_TIMEOUT_S"
 _ACCOUNT_TIMEOUT_S = 30.0
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What a backward pass needs of the whole batch, where the host knows the count.
+
+    Attributes:
+        count: values per channel.
+        mean_invstd: shape (2C,), float64: the means, and 1/√(σ² + eps).
+    """
+
+    count: float
+    mean_invstd: Tensor
+
+
 @dataclass(eq=False)
 class Reduction:
     """One forward's reduction.
 
     Attributes:
-        local: what this replica put in.
-        moments: of the whole batch.
-        replayed: whether the moments are those of an earlier reduction, found by `Memory.recall`.
+        local: what this replica put in, or a digest of it.
+        result: what came out.
     """
 
-    local: Moments
-    moments: Moments
-    replayed: bool = False
+    local: Moments | int
+    result: Moments | Statistics
 
 
 class Memory:
@@ -71,33 +82,32 @@ class Memory:
             self.shift = torch.zeros_like(self.shift, device=device)
         self.shift = self.shift.to(device)
 
-    def shift_for(self, mean: Tensor) -> Tensor:
-        """Return the shift for a batch whose mean has this shape and device."""
-        if self.shift.shape != mean.shape or self.shift.device != mean.device:
-            self.shift = torch.zeros_like(mean)
+    def shift_for(self, channels: int, device: torch.device) -> Tensor:
+        """Return the shift for a batch of so many channels on a device."""
+        if self.shift.shape[0] != channels or self.shift.device != device:
+            self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
         return self.shift
 
     def keep(self, reduction: Reduction) -> None:
         """Remember a reduction for as long as someone else, its backward pass, holds it."""
         self._reductions.add(reduction)
 
-    def recall(self, local: Moments) -> Reduction | None:
-        """Return the kept reduction that began with the same local moments.
+    def recall(self, local: Moments | int) -> Reduction | None:
+        """Return the kept reduction that began with the same local moments, or digest of them.
 
         Such a forward inside a backward pass is a repetition: activation checkpointing recomputes
         what it did not store. Comparing makes the host wait for the device, then only.
         """
-        for earlier in self._reductions:
-            if all(
-                torch.equal(mine, theirs)
-                for mine, theirs in zip(
-                    (local.count, local.mean, local.m2),
-                    (earlier.local.count, earlier.local.mean, earlier.local.m2),
-                    strict=True,
-                )
-            ):
-                return earlier
-        return None
+        if torch._C._current_graph_task_id() == -1:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- as in torch.utils.checkpoint
+            return None  # not in a backward pass; within one, it is most likely a repetition
+        return next((kept for kept in self._reductions if _same(kept.local, local)), None)
+
+
+def _same(a: Moments | int, b: Moments | int) -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return a == b
+    pairs = (a.count, b.count), (a.mean, b.mean), (a.m2, b.m2)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 @dataclass
@@ -109,7 +119,9 @@ class Call:
         memory: of the layer; None for a function call.
         channels: C.
         dtype: of the input.
-        reduction: what `global_moments` found, alive as long as the call.
+        reduction: what was found for this call, alive as long as the call.
+        replayed: whether that is an earlier call's, found by `Memory.recall`.
+        moments: of the whole batch, where the function has no other way to return them.
     """
 
     reducer: Reducer
@@ -117,6 +129,13 @@ class Call:
     channels: int
     dtype: torch.dtype
     reduction: Reduction | None = None
+    replayed: bool = False
+    moments: Moments | None = None
+
+    def take_moments(self) -> Moments | None:
+        """Return the moments, and forget them: the backward pass holds the call, and not them."""
+        moments, self.moments = self.moments, None
+        return moments
 
     def position(self, direction: str) -> str:
         """Return what the calling rank is doing, as in "is at the forward of 'bn1' (...)"."""
@@ -138,15 +157,16 @@ def global_moments(local: Moments, call: Call) -> Moments:
     """
     memory, reducer = call.memory, call.reducer
     compiling = torch.compiler.is_compiling()
-    # A forward within a backward pass is most likely a recomputation, but need not be.
-    if memory is not None and not compiling and torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- as in torch.utils.checkpoint
+    if memory is not None and not compiling:
         earlier = memory.recall(local)
-        if earlier is not None:
-            call.reduction = Reduction(local, earlier.moments, replayed=True)
-            return earlier.moments
+        if earlier is not None and isinstance(earlier.result, Moments):
+            call.reduction, call.replayed = earlier, True
+            return earlier.result
     moments = local
     if reducer.world_size > 1:
-        shift = None if memory is None else memory.shift_for(local.mean)
+        shift = None
+        if memory is not None:
+            shift = memory.shift_for(local.mean.shape[0], local.mean.device)
         if compiling:
             moments = Moments(
                 *torch.ops.syncbn.global_moments(
@@ -167,12 +187,38 @@ def global_moments(local: Moments, call: Call) -> Moments:
 def _reduced(local: Moments, shift: Tensor | None, call: Call) -> Moments:
     reducer = call.reducer
     vector = add_fingerprint(to_summable(local, shift), shift, reducer.rank, reducer.world_size)
-    total = _sum(vector, call, "forward")
+    total = sum_forward(vector, call)
     if total.device.type != "cpu":
         return from_summable(checked_count(total), shift)
     if 0 <= total[0].item() < COUNT_LIMIT:
         return from_summable(total, shift)
-    # Where the calls differ, this raises on every rank.
+    require_same_call(call)
+    # All is well, and yet the shifts differ: one rank reloaded its layer, say. The sum about 0 is
+    # as right, if less exact, and all ranks remember the same mean afterwards.
+    return from_summable(sum_forward(to_summable(local), call))
+
+
+def sum_forward(vector: Tensor, call: Call) -> Tensor:
+    """Return the sum of all replicas' vectors for the forward pass; bit-identical on all.
+
+    Communicates: one all-reduce of the vector.
+
+    Raises:
+        ReplicaError: the replicas did not make the same call, or one is gone.
+    """
+    return _sum(vector, call, "forward")
+
+
+def require_same_call(call: Call) -> None:
+    """Raise, on every rank, where the replicas did not make the same call.
+
+    For a sum whose count is none: the vectors were not made for the same one. All replicas see
+    that, and all come here. Communicates: one exchange of texts over the group.
+
+    Raises:
+        ReplicaError: the calls differ, or cannot be told apart.
+    """
+    reducer = call.reducer
     _require_agreement(call, call.position("forward"))
     if call.memory is None:
         raise ReplicaError(
@@ -180,9 +226,6 @@ def _reduced(local: Moments, shift: Tensor | None, call: Call) -> Moments:
             "about different shifts: they call different layers, or one rank alone reloaded its "
             "layer; run once without torch.compile, which names the layer"
         )
-    # All is well, and yet the shifts differ: one rank reloaded its layer, say. The sum about 0 is
-    # as right, if less exact, and all ranks remember the same mean afterwards.
-    return from_summable(_sum(to_summable(local), call, "forward"))
 
 
 def global_sum(vector: Tensor, call: Call) -> Tensor:
@@ -269,10 +312,11 @@ def require_two_values(count: Tensor, local_count: int, call: Call) -> None:
     else:
         single = bool(count == 1)
     if single:
-        raise _single_value()
+        raise single_value()
 
 
-def _single_value() -> InputError:
+def single_value() -> InputError:
+    """Return the error for a whole batch of one value per channel."""
     return InputError(
         "expected more than 1 value per channel over all replicas when training, got 1, whose "
         "variance is undefined; use a larger batch, or eval mode"
@@ -313,7 +357,7 @@ def _global_moments(
     # the backward pass, with the shift that the forward has overwritten by then.
     moments = _reduced(Moments(count, mean, m2), shift, _compiled_call(mean, group_name))
     if moments.count.device.type == "cpu" and moments.count == 1:
-        raise _single_value()
+        raise single_value()
     return moments.count.clone(), moments.mean, moments.m2
 
 

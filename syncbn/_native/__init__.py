@@ -5,9 +5,9 @@ import logging
 from pathlib import Path
 
 LIBRARY = Path(__file__).parent / "libsyncbn.so"
-INTERFACE = 2  # syncbn_interface() of exports.cpp
+INTERFACE = 3  # syncbn_interface() of exports.cpp
 
-_POINTER, _FLAG, _SIZE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _FLAG, _SIZE, _REAL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 _LAYOUT = [_SIZE, _SIZE, _SIZE, _FLAG]  # n, c, s, channels_last
 _PARAMETERS = [_POINTER, _POINTER, _FLAG, _FLAG]  # weight, bias, in_float64, relu
 _STATISTICS = [_POINTER, _POINTER]  # mean, invstd
@@ -15,17 +15,24 @@ _CHANNEL = [_POINTER, _FLAG, _SIZE, _FLAG]  # base, world, capacity, rank
 _FUNCTIONS = {
     "syncbn_limit_level": [_FLAG],
     "syncbn_local_moments": [_FLAG, _POINTER, *_LAYOUT, _FLAG, *_STATISTICS],
+    "syncbn_summable_moments": [
+        *(_FLAG, _POINTER, *_LAYOUT, _FLAG, _POINTER, _FLAG, _FLAG, _POINTER),
+    ],
+    "syncbn_global_moments": [_POINTER, _FLAG, _POINTER, _SIZE, _REAL, _POINTER],
+    "syncbn_track": [_POINTER, _SIZE, _REAL, *[_POINTER] * 3],
     "syncbn_normalize": [_FLAG, *[_POINTER] * 3, *_LAYOUT, _FLAG, *_STATISTICS, *_PARAMETERS],
     "syncbn_backward_reduce": [
         *(_FLAG, _POINTER, _POINTER, *_LAYOUT, _FLAG, *_STATISTICS, *_PARAMETERS),
-        *(_POINTER, _POINTER),
+        *[_POINTER] * 4,
     ],
     "syncbn_backward_input": [
         *(_FLAG, *[_POINTER] * 3, *_LAYOUT, _FLAG, *_STATISTICS, *_PARAMETERS),
-        *(_POINTER, _POINTER),
+        *(_POINTER, _POINTER, _REAL),
     ],
     "syncbn_channel_size": [_FLAG, _SIZE],
-    "syncbn_channel_post": [*_CHANNEL, ctypes.c_uint32, _POINTER, _SIZE, _SIZE],
+    "syncbn_channel_sum": [
+        *(*_CHANNEL, ctypes.c_uint32, _POINTER, _POINTER, _SIZE, _SIZE, _FLAG, _SIZE),
+    ],
     "syncbn_channel_collect": [
         *(*_CHANNEL, ctypes.c_uint32, _POINTER, _SIZE, _SIZE, _FLAG, _SIZE),
     ],
@@ -34,7 +41,10 @@ _FUNCTIONS = {
 }
 _RESULTS = {
     "syncbn_limit_level": _FLAG,
+    "syncbn_summable_moments": ctypes.c_uint64,
+    "syncbn_global_moments": _REAL,
     "syncbn_channel_size": _SIZE,
+    "syncbn_channel_sum": _FLAG,
     "syncbn_channel_collect": _FLAG,
     "syncbn_channel_gave_up": _FLAG,
 }

@@ -107,18 +107,7 @@ int64_t syncbn_channel_size(int32_t world, int64_t capacity) {
   return world * (static_cast<int64_t>(sizeof(Rank)) + 2 * slot_bytes(capacity));
 }
 
-// Posts this rank's values, a part of a vector of whole values, for a round; n <= capacity.
-void syncbn_channel_post(void* base, int32_t world, int64_t capacity, int32_t me, uint32_t round,
-                         const double* values, int64_t n, int64_t whole) {
-  const Channel channel{static_cast<char*>(base), world, capacity};
-  Rank& mine = channel.rank(me);
-  std::memcpy(channel.slot(me, round), values, static_cast<size_t>(n) * 8);
-  mine.size[round % 2] = whole;
-  mine.round.store(round, std::memory_order_seq_cst);
-  wake(mine);
-}
-
-// Waits for all ranks' posts of a round, and adds them up. Returns -1 when done; the number of a
+// Waits for all ranks' posts of a round, of n values each, and adds them up. Returns -1 when done; the number of a
 // rank that has not posted in time or gave up, whereupon it can be called again; or -2 - r where
 // rank r posted a vector of another size.
 int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int32_t me,
@@ -139,6 +128,20 @@ int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int3
     for (int64_t i = 0; i < n; ++i) sum[i] += values[i];
   }
   return -1;
+}
+
+// Posts this rank's values for a round, n <= capacity of them, a part of a vector of whole values,
+// and collects.
+int32_t syncbn_channel_sum(void* base, int32_t world, int64_t capacity, int32_t me, uint32_t round,
+                           const double* values, double* sum, int64_t n, int64_t whole,
+                           int32_t spins, int64_t timeout_us) {
+  const Channel channel{static_cast<char*>(base), world, capacity};
+  Rank& mine = channel.rank(me);
+  std::memcpy(channel.slot(me, round), values, static_cast<size_t>(n) * 8);
+  mine.size[round % 2] = whole;
+  mine.round.store(round, std::memory_order_seq_cst);
+  wake(mine);
+  return syncbn_channel_collect(base, world, capacity, me, round, sum, n, whole, spins, timeout_us);
 }
 
 // Lets the others know that this rank posts no more.

@@ -2,6 +2,7 @@
 // float64, and shares the loops among threads. Results do not depend on the number of threads.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -126,6 +127,42 @@ void first_values(DType dtype, const void* x, Shape shape, double* shift) {
   chosen->sums(dtype, row.data(), {1, shape.c, 1, true}, {0, 1}, zero.data(), shift, square.data());
 }
 
+// Totals of counts lie below; syncbn/moments.py says what is above.
+constexpr double kCountLimit = 1099511627776.0;  // 2^40
+
+// What add_fingerprint() of syncbn/moments.py adds to the count; the same bits, because one rank
+// may compute with PyTorch operations.
+double fingerprint(const double* shift, int64_t c, int32_t rank, int32_t world) {
+  int bits = 13;
+  for (int32_t rest = world - 1; rest > 0; rest >>= 1) --bits;
+  if (bits <= 0) return 0.0;
+  uint64_t mixed = 0;
+  for (int64_t i = 0; i < c; ++i) {
+    uint64_t word;
+    std::memcpy(&word, shift + i, sizeof word);
+    mixed += word;
+  }
+  mixed *= 0x9e3779b97f4a7c15u;  // 2^64 divided by the golden ratio
+  const double share = (rank == 0 ? world - 1 : -1) * kCountLimit;
+  return share * static_cast<double>(mixed >> (64 - bits));
+}
+
+// Tells batches apart: any changed bit of any value changes it. In four lanes, because each step
+// waits for the one before.
+uint64_t digest(const double* values, int64_t n) {
+  uint64_t lanes[4] = {1, 2, 3, 4};
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t word;
+    std::memcpy(&word, values + i, sizeof word);
+    uint64_t& lane = lanes[i % 4];
+    lane = (lane ^ word) * 0x9e3779b97f4a7c15u;
+    lane ^= lane >> 32;
+  }
+  uint64_t all = 0;
+  for (uint64_t lane : lanes) all = (all ^ lane) * 0x9e3779b97f4a7c15u;
+  return all;
+}
+
 }  // namespace
 }  // namespace syncbn
 
@@ -140,7 +177,7 @@ using syncbn::Shape;
 extern "C" {
 
 // Counted up with every change of this interface; syncbn/_native/__init__.py asks for its own.
-int32_t syncbn_interface() { return 2; }
+int32_t syncbn_interface() { return 3; }
 
 // Limits the instructions: 0 for what every machine has, 1 for AVX2, 2 for AVX-512. Returns what is
 // used then. For tests, before anything is computed.
@@ -188,6 +225,69 @@ void syncbn_local_moments(int32_t dtype, const void* x, int64_t n, int64_t c, in
   }
 }
 
+// This rank's moments, made ready to be added up over the ranks: 2c + 1 values, those of
+// to_summable() and add_fingerprint() in syncbn/moments.py; shift may be null, for 0. In a world of
+// one, the moments as they are: count, mean, m2. Returns a digest of the moments.
+uint64_t syncbn_summable_moments(int32_t dtype, const void* x, int64_t n, int64_t c, int64_t s,
+                                 int32_t channels_last, int32_t threads, const double* shift,
+                                 int32_t rank, int32_t world, double* vector) {
+  double *first = vector + 1, *second = first + c;
+  vector[0] = static_cast<double>(n * s);
+  syncbn_local_moments(dtype, x, n, c, s, channels_last, threads, first, second);
+  const uint64_t digest = syncbn::digest(vector, 2 * c + 1);
+  if (world <= 1) return digest;
+  const double count = vector[0];
+  for (int64_t i = 0; i < c; ++i) {
+    const double offset = first[i] - (shift ? shift[i] : 0.0);
+    first[i] = count * offset;
+    second[i] += first[i] * offset;
+  }
+  if (shift) vector[0] += syncbn::fingerprint(shift, c, rank, world);
+  return digest;
+}
+
+// From the sum of all ranks' vectors, or, not summed, from one rank's moments: to count, mean and
+// m2, in place, and to statistics, mean and 1/sqrt(variance + eps). A shift is then moved to the
+// mean, where there is one. Returns the count, and has changed nothing where it is none.
+double syncbn_global_moments(double* vector, int32_t summed, double* shift, int64_t c, double eps,
+                             double* statistics) {
+  const double count = vector[0], at_least_one = std::max(count, 1.0);
+  if (!(count >= 0.0 && count < syncbn::kCountLimit)) return count;
+  double *first = vector + 1, *second = first + c, *invstd = statistics + c;
+  if (summed) {
+    for (int64_t i = 0; i < c; ++i) {
+      const double offset = first[i] / at_least_one;
+      const double m2 = second[i] - first[i] * offset;
+      second[i] = m2 < 0.0 ? 0.0 : m2;  // and NaN stays
+      first[i] = shift && count > 0.0 ? offset + shift[i] : offset;
+    }
+    if (shift && count > 0.0)
+      for (int64_t i = 0; i < c; ++i)
+        if (std::isfinite(first[i])) shift[i] = first[i];
+  }
+  for (int64_t i = 0; i < c; ++i) {
+    statistics[i] = first[i];
+    invstd[i] = 1.0 / std::sqrt(second[i] / at_least_one + eps);
+  }
+  return count;
+}
+
+// Moves running statistics towards those of a batch, count, mean and m2; momentum below 0 for the
+// plain average over all batches. A batch without samples changes nothing.
+void syncbn_track(const double* moments, int64_t c, double momentum, float* running_mean,
+                  float* running_var, int64_t* batches) {
+  const double count = moments[0];
+  const double *mean = moments + 1, *m2 = mean + c;
+  if (!(count > 0.0)) return;
+  ++*batches;
+  if (momentum < 0.0) momentum = 1.0 / static_cast<double>(*batches);
+  const double keep = 1.0 - momentum, freedom = std::max(count - 1.0, 1.0);
+  for (int64_t i = 0; i < c; ++i) {
+    running_mean[i] = static_cast<float>(running_mean[i] * keep + mean[i] * momentum);
+    running_var[i] = static_cast<float>(running_var[i] * keep + m2[i] / freedom * momentum);
+  }
+}
+
 // Null weight, bias, residual for none.
 void syncbn_normalize(int32_t dtype, const void* x, const void* residual, void* y, int64_t n,
                       int64_t c, int64_t s, int32_t channels_last, int32_t threads,
@@ -202,11 +302,12 @@ void syncbn_normalize(int32_t dtype, const void* x, const void* residual, void* 
   });
 }
 
-// Σdy and Σdy·x̂ of each channel, c values each.
+// Σdy and Σdy·x̂ of each channel, c values each; and the same rounded to float32, where not null.
 void syncbn_backward_reduce(int32_t dtype, const void* dy, const void* x, int64_t n, int64_t c,
                             int64_t s, int32_t channels_last, int32_t threads, const double* mean,
                             const double* invstd, const void* weight, const void* bias,
-                            int32_t in_float64, int32_t relu, double* sum_dy, double* sum_dy_xhat) {
+                            int32_t in_float64, int32_t relu, double* sum_dy, double* sum_dy_xhat,
+                            float* rounded_dy, float* rounded_dy_xhat) {
   const Shape shape{n, c, s, channels_last != 0};
   const Parameters parameters{weight, bias, in_float64 != 0};
   const Coefficients by(c, mean, invstd, parameters);
@@ -215,27 +316,31 @@ void syncbn_backward_reduce(int32_t dtype, const void* dy, const void* x, int64_
     syncbn::chosen->gradient_sums(static_cast<DType>(dtype), dy, x, shape, range, mean, gate, a, b);
   });
   for (int64_t i = 0; i < c; ++i) sum_dy_xhat[i] *= invstd[i];
+  if (rounded_dy) std::copy_n(sum_dy, c, rounded_dy);
+  if (rounded_dy_xhat) std::copy_n(sum_dy_xhat, c, rounded_dy_xhat);
 }
 
-// dx = weight·invstd·(dy − mean_dy − x̂·mean_dy_xhat).
+// dx = weight·invstd·(dy − sum_dy/count − x̂·sum_dy_xhat/count), with a count of at least 1.
 void syncbn_backward_input(int32_t dtype, const void* dy, const void* x, void* dx, int64_t n,
                            int64_t c, int64_t s, int32_t channels_last, int32_t threads,
                            const double* mean, const double* invstd, const void* weight,
-                           const void* bias, int32_t in_float64, int32_t relu, const double* mean_dy,
-                           const double* mean_dy_xhat) {
+                           const void* bias, int32_t in_float64, int32_t relu,
+                           const double* sum_dy, const double* sum_dy_xhat, double count) {
   const Shape shape{n, c, s, channels_last != 0};
   const Parameters parameters{weight, bias, in_float64 != 0};
   const Coefficients by(c, mean, invstd, parameters);
   const Affine* gate = relu ? &by.affine : nullptr;
   std::vector<float> values(3 * c);
   float *slope = values.data(), *factor = slope + c, *constant = factor + c;
+  count = std::max(count, 1.0);
   for (int64_t i = 0; i < c; ++i) {
     const double scale = invstd[i] * parameters.weight_at(i);
-    const double steepness = invstd[i] * mean_dy_xhat[i];  // x̂·mean_dy_xhat = (x − mean)·steepness
+    // x̂·Σdy·x̂/count = (x − mean)·steepness
+    const double steepness = invstd[i] * (sum_dy_xhat[i] / count);
     const double rest = mean[i] - static_cast<double>(by.affine.head[i]);
     slope[i] = static_cast<float>(-scale * steepness);
     factor[i] = static_cast<float>(scale);
-    constant[i] = static_cast<float>(scale * (rest * steepness - mean_dy[i]));
+    constant[i] = static_cast<float>(scale * (rest * steepness - sum_dy[i] / count));
   }
   syncbn::elementwise(shape, threads, [&](Range range) {
     syncbn::chosen->gradient(static_cast<DType>(dtype), dy, x, dx, shape, range, by.affine.head,

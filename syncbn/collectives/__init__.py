@@ -125,6 +125,7 @@ def _exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
 
 
 __all__ = [
+    "CHOICES",
     "ProcessGroupReducer",
     "Reducer",
     "SharedMemoryReducer",

@@ -82,6 +82,9 @@ class SharedMemoryReducer:
             if isinstance(self._route, ProcessGroupReducer):
                 return self._route.sum(vector)
             assert self._route is not None  # connected
+            if vector.dtype is torch.float64 and vector.is_contiguous():  # the layers' vectors
+                total = self._route.sum(vector)
+                return self._pass_on(total) if self._spans_hosts else total
             values = vector.detach().to(torch.float64).contiguous()
             total = self._route.sum(values)
             if self._spans_hosts:
@@ -221,24 +224,28 @@ class _Channel:
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over this host's ranks of a float64 vector."""
         total = torch.empty_like(values)
-        whole = values.numel()
+        whole, value, sum_ = values.numel(), values.data_ptr(), total.data_ptr()
         for start in range(0, max(whole, 1), _CAPACITY):
-            self._sum_part(values[start:], total[start:], min(_CAPACITY, whole - start), whole)
+            n = min(_CAPACITY, whole - start)
+            self._sum_part(value + 8 * start, sum_ + 8 * start, n, whole)
         return total
 
-    def _sum_part(self, values: Tensor, total: Tensor, n: int, whole: int) -> None:
+    def _sum_part(self, values: int, total: int, n: int, whole: int) -> None:
+        """Add up n of the whole vector's values, from one address to another."""
         library = _native.library
         assert library is not None  # or there would be no channel
         if self._broken is not None:
             raise ReplicaError(f"shared memory failed earlier: {self._broken}")
         self._round = round_ = (self._round + 1) & 0xFFFFFFFF
         head, me = self._head, self.rank
-        library.syncbn_channel_post(*head, me, round_, values.data_ptr(), n, whole)
-        arguments = *head, me, round_, total.data_ptr(), n, whole, self._spins, _SLICE_US
-        state = library.syncbn_channel_collect(*arguments)
-        if state == -1:
-            return
+        how_long = self._spins, _SLICE_US
         try:
+            state = library.syncbn_channel_sum(
+                *head, me, round_, values, total, n, whole, *how_long
+            )
+            if state == -1:
+                return
+            arguments = *head, me, round_, total, n, whole, *how_long
             deadline = time.monotonic() + self._timeout_s
             while state >= 0:
                 trouble = self._trouble(state, deadline)

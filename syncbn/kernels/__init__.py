@@ -27,15 +27,37 @@ class Kernels(Protocol):
         ...
 
     def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Return (x − mean)·invstd·weight + bias; a missing weight is 1, a missing bias 0."""
+        """Return (x − mean)·invstd·weight + bias, plus the residual, and of that max(·, 0).
+
+        A missing weight is 1, a missing bias or residual 0; the maximum is taken with relu alone.
+        The residual has x's shape and dtype.
+        """
         ...
 
     def backward_reduce(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return Σdy and Σdy·x̂ over this replica, with x̂ = (x − mean)·invstd."""
+        """Return Σdy and Σdy·x̂ over this replica, with x̂ = (x − mean)·invstd.
+
+        With relu, of those dy alone where normalize, with this weight and bias and without a
+        residual, gives more than 0; it is computed again and need not be stored.
+        """
         ...
 
     def backward_input(
@@ -47,8 +69,13 @@ class Kernels(Protocol):
         weight: Tensor | None,
         mean_dy: Tensor,
         mean_dy_xhat: Tensor,
+        bias: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Return dx = weight·invstd·(dy − mean_dy − x̂·mean_dy_xhat)."""
+        """Return dx = weight·invstd·(dy − mean_dy − x̂·mean_dy_xhat).
+
+        With relu, dy counts where it does in `backward_reduce`, and is 0 elsewhere.
+        """
         ...
 
 

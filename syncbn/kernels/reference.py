@@ -42,19 +42,40 @@ class ReferenceKernels:
         return Moments(total, near.double() + error, m2)
 
     def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+        self,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Return (x − mean)·invstd·weight + bias in x's dtype and memory format."""
+        """Return (x − mean)·invstd·weight + bias + residual, or max(·, 0), in x's dtype, format."""
         values, rest = _center(x, mean)
         scale = invstd if weight is None else invstd * weight
         offset = -rest * scale if bias is None else bias - rest * scale
-        return values.mul_(_per_channel(scale, x)).add_(_per_channel(offset, x)).to(x.dtype)
+        y = values.mul_(_per_channel(scale, x)).add_(_per_channel(offset, x))
+        if residual is not None:
+            y = y.add_(residual)
+        if relu:
+            y = y.relu_()
+        return y.to(x.dtype)
 
     def backward_reduce(
-        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        relu: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return Σdy and Σdy·x̂ over this replica, each (C,), float64."""
         axes = _batch_axes(x)
+        if relu:
+            dy = self._gated(dy, x, mean, invstd, weight, bias)
         values, rest = _center(x, mean)
         sum_dy = dy.sum(axes, dtype=torch.float64)
         sum_dy_centered = values.mul_(dy).sum(axes, dtype=torch.float64) - rest * sum_dy
@@ -69,14 +90,34 @@ class ReferenceKernels:
         weight: Tensor | None,
         mean_dy: Tensor,
         mean_dy_xhat: Tensor,
+        bias: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
         """Return dx = weight·invstd·(dy − mean_dy − x̂·mean_dy_xhat), in x's dtype and format."""
+        if relu:
+            dy = self._gated(dy, x, mean, invstd, weight, bias)
         values, rest = _center(x, mean)
         scale = invstd if weight is None else invstd * weight
         slope = invstd * mean_dy_xhat  # x̂·mean_dy_xhat = (values − rest)·slope
         offset = scale * (rest * slope - mean_dy)
         values.mul_(_per_channel(-scale * slope, x)).add_(_per_channel(offset, x))
         return values.addcmul_(dy.to(values.dtype), _per_channel(scale, x)).to(x.dtype)
+
+    @torch.no_grad()
+    def _closed(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """Return where the ReLU after the normalisation lets nothing through; NaN passes."""
+        return self.normalize(x, mean, invstd, weight, bias) <= 0
+
+    def _gated(self, dy: Tensor, *of: Tensor | None) -> Tensor:
+        """Return dy as it is before the ReLU: a function of dy alone, since steps have no slope."""
+        return dy.masked_fill(self._closed(*of), 0)  # pyright: ignore[reportArgumentType] -- the arguments of _closed, which says what may be None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

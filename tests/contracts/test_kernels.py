@@ -88,47 +88,66 @@ def test_empty_batch_has_zero_moments_and_sums(kernels: Kernels, dtype: torch.dt
 @shapes
 @dtypes
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("fused", ["", "residual", "relu", "residual and relu"])
 def test_normalize_is_the_formula(
-    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool
+    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool, fused: str
 ) -> None:
     x = _random(shape, dtype, 0, 3.0)
     mean, invstd = _statistics(x)
     weight, bias = (_random(shape[1:2], torch.float32, seed) for seed in (1, 2))
-    y = kernels.normalize(x, mean, invstd, *((weight, bias) if affine else (None, None)))
+    residual = _random(shape, dtype, 3) if "residual" in fused else None
+    parameters = (weight, bias) if affine else (None, None)
+    y = kernels.normalize(x, mean, invstd, *parameters, residual, "relu" in fused)
 
     def formula(x: Tensor, precision: torch.dtype) -> Tensor:
         columns = (_column(vector.to(precision), x) for vector in (mean, invstd, weight, bias))
         head, factor, gamma, beta = columns
-        xhat = (x.to(precision) - head) * factor
-        return xhat * gamma + beta if affine else xhat
+        result = (x.to(precision) - head) * factor
+        if affine:
+            result = result * gamma + beta
+        if residual is not None:
+            result = result + residual.to(precision)
+        return result.relu() if "relu" in fused else result
 
     plain = formula(x, torch.promote_types(dtype, torch.float32)).to(dtype)
     assert y.dtype == dtype
-    assert_as_exact(y, formula(x, torch.float64), plain, "y")
+    terms = formula(x.abs(), torch.float64).abs().max().item() + 1
+    assert_as_exact(
+        y, formula(x, torch.float64), plain, "y", terms if residual is not None else None
+    )
 
 
 @shapes
 @dtypes
 @pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("relu", [False, True])
 def test_backward_is_the_formula(
-    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool
+    kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool, relu: bool
 ) -> None:
     x, dy = _random(shape, dtype, 0, 3.0), _random(shape, dtype, 1)
     mean, invstd = _statistics(x)
     weight = _random(shape[1:2], torch.float32, 2) if affine else None
+    bias = _random(shape[1:2], torch.float32, 3) if affine else None
     axes, count = _axes(x), x.numel() / shape[1]
 
     def formula(precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         factor = invstd.to(precision)
         xhat = (x.to(precision) - _column(mean.to(precision), x)) * _column(factor, x)
         dy_ = dy.to(precision)
-        sum_dy, sum_dy_xhat = dy_.sum(axes), (dy_ * xhat).sum(axes)
         scale = factor if weight is None else factor * weight.to(precision)
+        if relu:
+            y = (x.double() - _column(mean, x)) * _column(invstd, x)
+            if weight is not None and bias is not None:
+                y = y * _column(weight.double(), x) + _column(bias.double(), x)
+            dy_ = dy_ * (y > 0)
+        sum_dy, sum_dy_xhat = dy_.sum(axes), (dy_ * xhat).sum(axes)
         inner = dy_ - _column(sum_dy / count, x) - xhat * _column(sum_dy_xhat / count, x)
         return sum_dy, sum_dy_xhat, inner * _column(scale, x)
 
-    sum_dy, sum_dy_xhat = kernels.backward_reduce(dy, x, mean, invstd)
-    dx = kernels.backward_input(dy, x, mean, invstd, weight, sum_dy / count, sum_dy_xhat / count)
+    gate = weight, bias, relu
+    sum_dy, sum_dy_xhat = kernels.backward_reduce(dy, x, mean, invstd, *gate)
+    means = sum_dy / count, sum_dy_xhat / count
+    dx = kernels.backward_input(dy, x, mean, invstd, weight, *means, bias, relu)
     truth, plain = formula(torch.float64), formula(torch.promote_types(dtype, torch.float32))
     assert sum_dy.dtype == sum_dy_xhat.dtype == torch.float64
     assert dx.dtype == dtype
@@ -137,6 +156,19 @@ def test_backward_is_the_formula(
     scale = invstd if weight is None else invstd * weight
     terms = (scale.abs().max() * dy.double().abs().max()).item()
     assert_as_exact(dx, truth[2], plain[2].to(dtype), "dx", terms)
+
+
+def test_nan_passes_the_relu_and_its_gradient(kernels: Kernels) -> None:
+    x = torch.tensor([-1.0, 1.0, torch.nan, torch.nan] * 5).reshape(2, 1, 10)
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    y = kernels.normalize(x, zero, one, None, None, None, True)
+    torch.testing.assert_close(y, x.relu(), rtol=0, atol=0, equal_nan=True)
+    dx = kernels.backward_input(
+        one.float().expand_as(x), x, zero, one, None, zero, zero, None, True
+    )
+    assert torch.equal(dx.isnan(), x.isnan())  # x̂ is NaN there
+    assert torch.equal(dx[x < 0], torch.zeros_like(dx[x < 0]))
+    assert torch.equal(dx[x > 0], torch.ones_like(dx[x > 0]))
 
 
 def _strided(layout: str) -> Tensor:

@@ -20,6 +20,9 @@ class Case:
         layout: contiguous, channels_last for 4-D shapes, channels_last_3d for 5-D ones, or None for
             the strides of a slice of something larger.
         parameters: the layer's dtype; None for float32, or float64 with float64 inputs.
+        steps: how many batches.
+        residual: whether something is added to y.
+        relu: whether max(·, 0) is taken of that.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -28,18 +31,21 @@ class Case:
     layout: torch.memory_format | None = torch.contiguous_format
     parameters: torch.dtype | None = None
     steps: int = 3
+    residual: bool = False
+    relu: bool = False
 
-    def share(self, rank: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return a rank's input and upstream gradient at a step."""
+    def share(self, rank: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a rank's input, upstream gradient, and residual at a step."""
         generator = torch.Generator().manual_seed(1000 * step + rank)
-        x, dy = (
+        x, dy, residual = (
             torch.randn(self.shapes[rank], dtype=torch.float64, generator=generator)
-            for _ in range(2)
+            for _ in range(3)
         )
         x = (2 * x + 1 + rank).to(self.dtype)  # the ranks' means differ
+        dy, residual = dy.to(self.dtype), residual.to(self.dtype)
         if self.layout is None:
-            return torch.stack([x, x + 1], dim=-1)[..., 0], dy.to(self.dtype)
-        return x.contiguous(memory_format=self.layout), dy.to(self.dtype)
+            return torch.stack([x, x + 1], dim=-1)[..., 0], dy, residual
+        return x.contiguous(memory_format=self.layout), dy, residual
 
     def layer_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of parameters and statistics where inputs have a dtype."""
@@ -48,10 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a layer computed: y and dx of each step by rows of channels; the rest at the end."""
+    """What a layer computed: tensors of each step by rows of channels; the rest at the end."""
 
     y: list[Tensor]
     dx: list[Tensor]
+    dresidual: list[Tensor]
     state: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
@@ -77,14 +84,17 @@ def plain_norm(kind: type[nn.Module], *, bias: bool = True, **options: Any) -> n
     return layer
 
 
-def outcome(layer: nn.Module, y: list[Tensor], dx: list[Tensor]) -> Outcome:
+def outcome(
+    layer: nn.Module, y: list[Tensor], dx: list[Tensor], dresidual: list[Tensor]
+) -> Outcome:
     """Gather what a layer holds after its last step."""
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in layer.named_parameters()
         if parameter.grad is not None
     }
-    return Outcome(y, dx, {k: v.clone() for k, v in layer.state_dict().items()}, gradients)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    return Outcome(y, dx, dresidual, state, gradients)
 
 
 def in_one_process(case: Case, dtype: torch.dtype, reverse: bool = False) -> Outcome:
@@ -98,13 +108,23 @@ def in_one_process(case: Case, dtype: torch.dtype, reverse: bool = False) -> Out
     layer.to(case.parameters).to(case.layer_dtype(dtype))
     ys: list[Tensor] = []
     dxs: list[Tensor] = []
+    dresiduals: list[Tensor] = []
+    order = [0] if reverse else []
     for step in range(case.steps):
         shares = [case.share(rank, step) for rank in range(len(case.shapes))]
-        order = [0] if reverse else []
-        x = torch.cat([rows(x) for x, _ in shares]).to(dtype).flip(order).requires_grad_()
+        x, dy, residual = (
+            torch.cat([rows(tensor) for tensor in tensors]).to(dtype).flip(order).requires_grad_()
+            for tensors in zip(*shares, strict=True)
+        )
         y: Tensor = layer(x)
-        y.backward(torch.cat([rows(dy) for _, dy in shares]).to(dtype).flip(order))
+        if case.residual:
+            y = y + residual
+        if case.relu:
+            y = y.relu()
+        y.backward(dy.detach())
         assert x.grad is not None
         ys.append(y.detach().flip(order))
         dxs.append(x.grad.flip(order))
-    return outcome(layer, ys, dxs)
+        if residual.grad is not None:
+            dresiduals.append(residual.grad.flip(order))
+    return outcome(layer, ys, dxs, dresiduals)

@@ -4,8 +4,8 @@ from torch import Tensor
 
 import syncbn
 from syncbn.errors import InputError
-from syncbn.functional import normalize_with_memory
-from syncbn.reduction import Memory
+from syncbn.functional import normalize
+from syncbn.reduction import Call, Memory
 
 
 def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:
@@ -56,10 +56,9 @@ def test_nothing_off_the_cpu_looks_at_a_value() -> None:
     # A meta tensor has no values: looking at one raises, where on CUDA the host would wait.
     layer = syncbn.SyncBatchNorm(3, device="meta")
     x = torch.randn(4, 3, 2, device="meta", requires_grad=True)
-    memory = Memory(3, x.device)
-    y, moments, _ = normalize_with_memory(
-        x, layer.weight, layer.bias, layer.eps, _TwoLikeThis(), memory
-    )
+    call = Call(_TwoLikeThis(), Memory(3, x.device), 3, x.dtype)
+    y, moments = normalize(x, layer.weight, layer.bias, x, layer.eps, True, call)
+    assert moments is not None
     layer._track(moments)  # pyright: ignore[reportPrivateUsage] -- what forward does next
     y.sum().backward()
     assert x.grad is not None

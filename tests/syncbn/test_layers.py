@@ -49,27 +49,48 @@ CASES = {
     "no running statistics": Case(EVEN[2], options={"track_running_stats": False}),
     "not affine": Case(EVEN[2], options={"affine": False}),
     "no bias": Case(EVEN[2], options={"bias": False}),
+    "ReLU": Case(EVEN[2], relu=True),
+    "ReLU in bfloat16": Case(EVEN[2], torch.bfloat16, relu=True),
+    "ReLU in float64": Case(EVEN[2], torch.float64, relu=True),
+    "ReLU, not affine": Case(EVEN[2], options={"affine": False}, relu=True),
+    "ReLU, parameters in float64": Case(EVEN[2], parameters=torch.float64, relu=True),
+    "ReLU, strides of a slice": Case(EVEN[4], layout=None, relu=True),
+    "ReLU, channels last": Case(EVEN[4], layout=torch.channels_last, relu=True),
+    "ReLU, an empty rank": Case(((4, CHANNELS, 2), (0, CHANNELS, 2)), relu=True),
+    "residual": Case(EVEN[2], residual=True),
+    "residual, channels last": Case(EVEN[4], layout=torch.channels_last, residual=True),
+    "residual and ReLU": Case(EVEN[4], residual=True, relu=True),
+    "residual and ReLU in float16": Case(EVEN[2], torch.float16, residual=True, relu=True),
+    "residual and ReLU in float64": Case(EVEN[2], torch.float64, residual=True, relu=True),
+    "residual and ReLU, channels last": Case(
+        EVEN[4], layout=torch.channels_last, residual=True, relu=True
+    ),
 }
 
 
 def _train(case: Case) -> Outcome:
-    layer = syncbn.SyncBatchNorm(CHANNELS, **case.options)
+    layer = syncbn.SyncBatchNorm(CHANNELS, relu=case.relu, **case.options)
     initialize(layer)
     layer.to(case.parameters or case.layer_dtype(case.dtype))
     ys: list[Tensor] = []
     dxs: list[Tensor] = []
+    dresiduals: list[Tensor] = []
     for step in range(case.steps):
-        x, dy = case.share(dist.get_rank(), step)
+        x, dy, residual = case.share(dist.get_rank(), step)
         x.requires_grad_()
-        y: Tensor = layer(x)
+        residual.requires_grad_()
+        y: Tensor = layer(x, residual if case.residual else None)
         y.backward(dy)
+        if case.residual:
+            assert residual.grad is not None
+            dresiduals.append(rows(residual.grad))
         assert x.grad is not None
         assert y.dtype == x.dtype
         if case.layout is not None:
             assert y.stride() == x.grad.stride() == x.stride()
         ys.append(rows(y.detach()))
         dxs.append(rows(x.grad))
-    return outcome(layer, ys, dxs)
+    return outcome(layer, ys, dxs, dresiduals)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -79,7 +100,7 @@ def test_replicas_match_one_process_on_the_concatenated_batch(case: Case) -> Non
     # In float64 too there is an error to measure by: that of another order of summation.
     plain = in_one_process(case, case.dtype, reverse=True)
     for step in range(case.steps):
-        for what in ("y", "dx"):
+        for what in ("y", "dx", "dresidual") if case.residual else ("y", "dx"):
             joined = torch.cat([getattr(rank, what)[step] for rank in ours])
             assert_as_exact(joined, getattr(truth, what)[step], getattr(plain, what)[step], what)
     for name, gradient in truth.gradients.items():
@@ -147,7 +168,8 @@ def test_no_samples_anywhere_change_nothing() -> None:
 
 
 def _gradient_projections() -> tuple[Tensor, Tensor, Tensor]:
-    x, dy = Case(((8, CHANNELS, 3), (5, CHANNELS, 2)), torch.float64).share(dist.get_rank(), 0)
+    case = Case(((8, CHANNELS, 3), (5, CHANNELS, 2)), torch.float64)
+    x, dy, _ = case.share(dist.get_rank(), 0)
     x.requires_grad_()
     layer = syncbn.SyncBatchNorm(CHANNELS, eps=0.0, affine=False).double()
     xhat: Tensor = layer(x)
