@@ -54,6 +54,10 @@ def gradients(dy: Tensor, saved: Saved, needs_dx: bool, kernels: Kernels, call: 
     """
     x, count, mean, invstd = saved.x, saved.count, saved.mean, saved.invstd
     add_up = global_sum
+    if not torch.compiler.is_compiling() and not torch._C._has_storage(dy):  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+        # One of many upstream gradients at once, under vmap: the kernels, which write into copies
+        # of x, need x as many times.
+        x = torch.where(torch.ones_like(dy, dtype=torch.bool), x, dy)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         kernels, add_up = ReferenceKernels(), _differentiable_sum
         mean, invstd = _as_function_of_x(x, count, mean, invstd, call)

@@ -15,10 +15,10 @@ from syncbn.moments import Moments, PackedMoments
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (Tensor, nn.Parameter)
 # How many TorchDispatchModes are active, whether torch.func transforms something, and whether a
-# tensor stands for another one inside such a transform. Nothing public tells.
+# tensor has memory of its own, which one inside a transform has not. Nothing public tells.
 _listeners: Callable[[], int] = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+_has_memory: Callable[[Tensor], bool] = torch._C._has_storage  # pyright: ignore[reportPrivateUsage]
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -147,7 +147,9 @@ def is_plain(x: Tensor, *others: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or _listeners() or _transforming():
         return False
     for tensor in (x, *others):
-        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
+        if tensor is not None and not (
+            type(tensor) in _PLAIN and tensor.is_cpu and _has_memory(tensor)
+        ):
             return False
     return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
 
@@ -199,7 +201,7 @@ def _handles(x: Tensor, *others: Tensor | None) -> bool:
             continue
         if not tensor.is_cpu:
             return False
-        if not compiling and (type(tensor) not in _PLAIN or _is_wrapped(tensor)):
+        if not compiling and not (type(tensor) in _PLAIN and _has_memory(tensor)):
             return False
     return True
 

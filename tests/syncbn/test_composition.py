@@ -138,11 +138,16 @@ def _gradchecks() -> None:
         for _ in range(2)
     )
 
-    def of_input(whole: Tensor) -> Tensor:
-        return _Gather.apply(syncbn.sync_batch_norm(_Share.apply(whole), weight, bias)[0])  # pyright: ignore[reportReturnType, reportArgumentType] -- as above
+    def of_input(whole: Tensor, **options: Any) -> Tensor:
+        share: Tensor = _Share.apply(whole)  # pyright: ignore[reportAssignmentType] -- as above
+        return _Gather.apply(syncbn.sync_batch_norm(share, weight, bias, **options)[0])  # pyright: ignore[reportReturnType] -- as above
 
-    torch.autograd.gradcheck(of_input, (x,))
-    torch.autograd.gradgradcheck(of_input, (x,))
+    def with_residual(whole: Tensor) -> Tensor:
+        return of_input(whole, residual=_Share.apply(whole.sin()), relu=True)
+
+    for function in (of_input, lambda whole: of_input(whole, relu=True), with_residual):
+        torch.autograd.gradcheck(function, (x,))
+        torch.autograd.gradgradcheck(function, (x,))
     if dist.get_world_size() == 1:  # on more ranks, each has its share of these gradients
         normalise = syncbn.sync_batch_norm
         torch.autograd.gradcheck(lambda *of: normalise(*of)[0], (x, weight, bias))
