@@ -26,8 +26,9 @@ from syncbn.errors import InputError, ReplicaError
 _CAPACITY = 8192
 # How long the library waits before Python looks after signals, dead peers and the deadline.
 _SLICE_US = 50_000
-# About 10 µs of looking for a peer's post before letting others run, where each rank has a core.
-_SPINS = 2_000
+# Some tenths of a millisecond of looking for a peer's post before others may run, if there is a core
+# for each rank.
+_SPINS = 20_000
 
 
 class SharedMemoryReducer:
