@@ -9,22 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.errors import ConversionError
-from syncbn.layers import SyncBatchNorm, adopt
+from syncbn.layers import BatchNorm, SyncBatchNorm, adopt, check_reducer
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _BASE = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
-
-
-class BatchNorm(_BASE):
-    """Unsynchronised batch normalization of inputs (N, C, *) with any number of dimensions.
-
-    What `revert_sync_batchnorm` makes of a layer that was a `SyncBatchNorm` from the start.
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected an input of shape (N, C, *), got {tuple(input.shape)}")
 
 
 def convert_sync_batchnorm(
@@ -32,6 +21,7 @@ def convert_sync_batchnorm(
     process_group: dist.ProcessGroup | None = None,
     *,
     only: Callable[[str, nn.Module], bool] | None = None,
+    reducer: str | None = None,
 ) -> nn.Module:
     """Turn every batch normalization of a model into a `SyncBatchNorm`, in place.
 
@@ -46,11 +36,13 @@ def convert_sync_batchnorm(
         model: the model, or a batch normalization itself.
         process_group: the replicas to synchronise with; None means the default group.
         only: called with a layer's qualified name and the layer; False leaves it as it is.
+        reducer: who sums over the replicas, as for `SyncBatchNorm`; None leaves it as it is.
 
     Returns:
         The model.
 
     Raises:
+        InputError: there is no such reducer. Nothing has been changed then.
         ConversionError: a layer's class has a `forward` of its own that converting would drop.
             Nothing has been changed then.
     """
@@ -60,6 +52,7 @@ def convert_sync_batchnorm(
         if isinstance(module, _BASE) and (only is None or only(name, module))
     ]
     classes = [_synchronised(name, module) for name, module in chosen]
+    check_reducer(reducer)
     for (_, module), synchronised in zip(chosen, classes, strict=True):
         if type(module) is not synchronised:
             module.__dict__.setdefault("process_group", None)
@@ -69,14 +62,17 @@ def convert_sync_batchnorm(
             adopt(module)
         if process_group is not None:
             module.__dict__["process_group"] = process_group
+        if reducer is not None:
+            module.__dict__["reducer"] = reducer
     return model
 
 
 def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Undo `convert_sync_batchnorm`, in place: every layer gets the class back that it had.
 
-    A layer that was built as a `SyncBatchNorm` becomes a `BatchNorm`, which computes on each
-    replica's own batch. Parameters, buffers, hooks and modes stay. Does not communicate.
+    A layer that was built as a `SyncBatchNorm`, or fused with what follows it, becomes a
+    `BatchNorm`, which computes on each replica's own batch. Parameters, buffers, hooks and modes
+    stay. Does not communicate.
 
     Args:
         model: the model, or a layer itself.
@@ -87,6 +83,7 @@ def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):
             original: type[nn.Module] = module.__dict__.pop("_reverts_to", BatchNorm)
+            module.__dict__.pop("reducer", None)
             if issubclass(original, _LAZY) and not isinstance(module, LazyModuleMixin):
                 original = original.cls_to_become  # pyright: ignore[reportAssignmentType] -- it has seen a batch; torch types this as any class
             if not issubclass(original, nn.SyncBatchNorm):

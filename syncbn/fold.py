@@ -4,14 +4,9 @@ Which layer a normalization follows is read off traces of the model's forward by
 they cannot show for certain stays as it is.
 """
 
-import copy
-import inspect
-import itertools
-import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from syncbn.errors import ConversionError
 from syncbn.layers import SyncBatchNorm
+from syncbn.tracing import KeptError, Trace, copy_of, is_plain, norms, traces_of
 
 _ANY_RANK = (nn.SyncBatchNorm, SyncBatchNorm)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_ANY_RANK)
@@ -47,8 +43,6 @@ _SAME_RANK_CALLS = (
     *("relu", "relu_", "tanh", "sigmoid", torch.relu, torch.tanh, torch.sigmoid),
     *(functional.relu, functional.leaky_relu, functional.gelu, functional.silu, functional.dropout),
 )
-_MOST_TRACES = 16
-_ADVICE = "what the model only calls can be passed on its own"
 
 
 @dataclass(frozen=True)
@@ -109,24 +103,24 @@ def fold(model: nn.Module) -> Folding:
                 f"cannot fold a model with lazy layers: {name!r} has no shape yet; "
                 "pass a batch first"
             )
-    copied = _copy(model)
+    copied = copy_of(model)
     copied.eval()  # not in one line: an overridden train() may return nothing
     try:
-        traces = _traces(copied)
+        traces = traces_of(copied)
         found, kept = _layers_before(copied, traces)
         for name, layer in found.items():
             try:
                 _fold_one(copied, layer, name)
-            except _KeptError as error:
+            except KeptError as error:
                 kept[name] = str(error)
         if not _goes_as(copied, traces):
-            raise _KeptError("its model's forward takes another way once anything is folded")
-    except _KeptError as error:
-        copied = _copy(model)
+            raise KeptError("its model's forward takes another way once anything is folded")
+    except KeptError as error:
+        copied = copy_of(model)
         copied.eval()
-        return Folding(copied, (), dict.fromkeys(_norms(model), str(error)))
+        return Folding(copied, (), dict.fromkeys(norms(model), str(error)))
     folded = tuple(name for name in found if name not in kept)
-    return Folding(copied, folded, {name: kept[name] for name in _norms(copied)})
+    return Folding(copied, folded, {name: kept[name] for name in norms(copied)})
 
 
 def drop_redundant_bias(model: nn.Module) -> tuple[str, ...]:
@@ -155,13 +149,13 @@ def drop_redundant_bias(model: nn.Module) -> tuple[str, ...]:
     Source: Goodfellow, Bengio and Courville, "Deep Learning" (2016), section 8.7.1: "the bias term
     should be omitted because it becomes redundant with the β parameter".
     """
-    train, evaluation = _copy(model), _copy(model)
+    train, evaluation = copy_of(model), copy_of(model)
     evaluation.eval()
     if not model.training:  # else train() would undo the freezing of a part by eval()
         train.train()
     try:
-        traces = [*_traces(train), *_traces(evaluation)]
-    except _KeptError:
+        traces = [*traces_of(train), *traces_of(evaluation)]
+    except KeptError:
         return ()
     dropped: list[str] = []
     for norm_name, layer_name in _layers_before(model, traces)[0].items():
@@ -176,191 +170,63 @@ def drop_redundant_bias(model: nn.Module) -> tuple[str, ...]:
     return tuple(dropped)
 
 
-class _KeptError(Exception):
-    """Why a normalization, or all of them, stays as it is."""
-
-
-class _Tracer(fx.Tracer):
-    """Records calls of the layers of interest, and which of their outputs something holds on to."""
-
-    proxy_buffer_attributes = True  # else reading a layer's buffer would leave no trace
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outputs: list[weakref.ref[fx.Proxy]] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # What hooks do with a container's inputs and outputs is unknown, so it is a closed box.
-        hooked = m._forward_hooks or m._forward_pre_hooks  # pyright: ignore[reportPrivateUsage] -- nothing public tells
-        layer = isinstance(m, _BatchNorm | _ConvNd | nn.Linear)
-        return bool(hooked) or layer or super().is_leaf_module(m, module_qualified_name)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        made = super().proxy(node)
-        self.outputs.append(weakref.ref(made))
-        return made
-
-
-class _Call(nn.Module):
-    """Calls a model with proxies for its arguments, so that it is traced as its users call it."""
-
-    def __init__(self, model: nn.Module, tracer: _Tracer, given: dict[str, Any]) -> None:
-        super().__init__()
-        self.model, self._tracer, self._given = model, tracer, given
-
-    def forward(self) -> Any:
-        args: list[Any] = []
-        named: dict[str, Any] = {}
-        for name, parameter in _parameters(self.model).items():
-            if name in self._given:
-                value = self._given[name]
-            else:
-                value = self._tracer.create_proxy("placeholder", name, (), {})
-            if parameter.kind is parameter.POSITIONAL_ONLY:
-                args.append(value)
-            else:
-                named[name] = value
-        return self.model(*args, **named)
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """One way through the forward: the calls of each module, and what it does besides.
-
-    Attributes:
-        graph: of which `calls` and `held` are nodes.
-        calls: by the qualified name of the module.
-        read: the qualified names of modules whose tensors the forward itself reads.
-        held: whose output the forward has stored somewhere.
-    """
-
-    graph: fx.Graph
-    calls: dict[str, list[fx.Node]]
-    read: frozenset[str]
-    held: frozenset[fx.Node]
-
-
-def _copy(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
-    # A process group stands for connections; a lazy buffer refuses. Neither needs to be copied.
-    shared: list[Any] = [getattr(module, "process_group", None) for module in model.modules()]
-    tensors = (*model.parameters(), *model.buffers())
-    shared += [tensor for tensor in tensors if share_tensors or nn.parameter.is_lazy(tensor)]
-    return copy.deepcopy(model, {id(each): each for each in shared if each is not None})
-
-
-def _norms(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-
-
-def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(model.forward).parameters)
-
-
-def _traces(model: nn.Module) -> list[_Trace]:
-    """Trace a model's forward with every combination of its optional arguments.
-
-    A proxy is never None, so that without this a branch for an absent argument would go unseen.
-    """
-    try:
-        choices: list[list[dict[str, Any]]] = []
-        for name, parameter in _parameters(model).items():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise _KeptError(
-                    f"its model's forward takes any number of arguments, {parameter}; {_ADVICE}"
-                )
-            if isinstance(parameter.default, bool):
-                choices.append([{name: False}, {name: True}])
-            elif parameter.default is not parameter.empty:
-                choices.append([{name: parameter.default}, {}])
-        if 2 ** len(choices) > _MOST_TRACES:
-            raise _KeptError(
-                f"its model's forward has {len(choices)} optional arguments, too many to trace "
-                f"each combination of them; {_ADVICE}"
-            )
-        return [
-            _trace(model, {name: value for given in combination for name, value in given.items()})
-            for combination in itertools.product(*choices)
-        ]
-    except _KeptError:
-        raise
-    except Exception as error:  # whatever the model's own code makes of proxies
-        raise _KeptError(
-            f"torch.fx cannot trace its model, {type(error).__name__}: {error}; {_ADVICE}"
-        ) from error
-
-
-def _goes_as(model: nn.Module, traces: list[_Trace]) -> bool:
+def _goes_as(model: nn.Module, traces: list[Trace]) -> bool:
     """Return whether a folded model's traces are those of before.
 
     An `nn.Identity` leaves the same, unless the forward looks at what it calls.
     """
     try:
-        return [str(t.graph) for t in _traces(model)] == [str(t.graph) for t in traces]
-    except _KeptError:
+        return [str(t.graph) for t in traces_of(model)] == [str(t.graph) for t in traces]
+    except KeptError:
         return False
 
 
-def _trace(model: nn.Module, given: dict[str, Any]) -> _Trace:
-    # The forward runs, and may change attributes; parameters and buffers it sees as proxies.
-    tracer = _Tracer()
-    root = _Call(_copy(model, share_tensors=True), tracer, given)
-    graph = tracer.trace(root)
-    calls: dict[str, list[fx.Node]] = {}
-    read: set[str] = set()
-    for node in graph.nodes:
-        name = str(node.target).partition(".")[2]  # without "model."
-        if node.op == "call_module":
-            calls.setdefault(name, []).append(node)
-        elif node.op == "get_attr":
-            read.add(name.rpartition(".")[0])
-    held = frozenset(proxy.node for ref in tracer.outputs if (proxy := ref()) is not None)
-    return _Trace(graph, calls, frozenset(read), held)
-
-
-def _layers_before(model: nn.Module, traces: list[_Trace]) -> tuple[dict[str, str], dict[str, str]]:
+def _layers_before(model: nn.Module, traces: list[Trace]) -> tuple[dict[str, str], dict[str, str]]:
     """Return the layer that each normalization certainly follows, or why none, by its name."""
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for named in (model.named_parameters, model.named_buffers):
         uses.update(id(tensor) for _, tensor in named(remove_duplicate=False))
     found: dict[str, str] = {}
     kept: dict[str, str] = {}
-    for name in _norms(model):
+    for name in norms(model):
         try:
             _check_layer(model, name, traces, uses)
             callers = [trace for trace in traces if name in trace.calls]
             if not callers:
-                raise _KeptError("the forward never calls it")
+                raise KeptError("the forward never calls it")
             layers = {_layer_in(model, name, trace) for trace in callers}
             layer = layers.pop()
             if layers or any(layer in t.calls and name not in t.calls for t in traces):
-                raise _KeptError(f"it follows {layer!r} for some arguments or modes only")
+                raise KeptError(f"it follows {layer!r} for some arguments or modes only")
             _check_layer(model, layer, traces, uses)
             _check_fit(model, layer, name, callers)
             found[name] = layer
-        except _KeptError as error:
+        except KeptError as error:
             kept[name] = str(error)
     return found, kept
 
 
-def _layer_in(model: nn.Module, norm: str, trace: _Trace) -> str:
+def _layer_in(model: nn.Module, norm: str, trace: Trace) -> str:
     """Return what a normalization follows in one trace, if that is used for it alone."""
     node = trace.calls[norm][0]
+    if len(node.args) + len(node.kwargs) != 1:
+        raise KeptError("it adds a residual itself; fold the model as it was before fuse()")
     sources = node.all_input_nodes
     source = sources[0] if len(sources) == 1 else None
     if source is None or source.op != "call_module":
         target = getattr(source, "target", "several values")
         what = getattr(target, "__name__", target)
-        raise _KeptError(f"it follows {what}, and not a convolution or linear layer")
+        raise KeptError(f"it follows {what}, and not a convolution or linear layer")
     layer = str(source.target).partition(".")[2]
     kind = type(model.get_submodule(layer))
     if kind not in _FOLLOWERS:
-        raise _KeptError(f"it follows {layer!r}, a {kind.__name__}; {_names(_FOLLOWERS)} would do")
+        raise KeptError(f"it follows {layer!r}, a {kind.__name__}; {_names(_FOLLOWERS)} would do")
     if len(source.users) != 1 or source in trace.held:
-        raise _KeptError(f"the output of {layer!r} before it is used elsewhere too")
+        raise KeptError(f"the output of {layer!r} before it is used elsewhere too")
     return layer
 
 
-def _check_layer(model: nn.Module, name: str, traces: list[_Trace], uses: Counter[int]) -> None:
+def _check_layer(model: nn.Module, name: str, traces: list[Trace], uses: Counter[int]) -> None:
     """Raise unless a layer is of a known type, unmodified, unshared and called at most once."""
     module = model.get_submodule(name)
     tensors = [*module.parameters(), *module.buffers()]
@@ -372,8 +238,10 @@ def _check_layer(model: nn.Module, name: str, traces: list[_Trace], uses: Counte
         reason = f"is inside {boxes[0]!r}, which is torch's own or has hooks, and not looked into"
     elif type(module) not in (*_NORMS, *_FOLLOWERS):
         reason = f"is a {type(module).__name__}, which may do more than {_names(_NORMS)}"
-    elif not _is_plain(module):
+    elif not is_plain(module):
         reason = "has hooks or an exchanged forward"
+    elif isinstance(module, SyncBatchNorm) and module.fuses_relu:
+        reason = "takes a ReLU itself; fold the model as it was before fuse()"
     elif uses[id(module)] != 1 or any(len(trace.calls.get(name, ())) > 1 for trace in traces):
         reason = "is used in more than one place"
     elif any(uses[id(tensor)] != 1 for tensor in tensors):
@@ -384,20 +252,20 @@ def _check_layer(model: nn.Module, name: str, traces: list[_Trace], uses: Counte
         reason = "has parameters or buffers that the forward reads itself"
     else:
         return
-    raise _KeptError(f"{name!r} {reason}")
+    raise KeptError(f"{name!r} {reason}")
 
 
-def _check_fit(model: nn.Module, layer_name: str, norm_name: str, callers: list[_Trace]) -> None:
+def _check_fit(model: nn.Module, layer_name: str, norm_name: str, callers: list[Trace]) -> None:
     """Raise unless a normalization is certain to act on the axis of a layer's output channels."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     assert isinstance(norm, _BatchNorm)
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if type(norm) not in _FOLLOWERS[type(layer)] or channels != norm.num_features:
-        raise _KeptError(f"it normalises another axis than the outputs of {layer_name!r}")
+        raise KeptError(f"it normalises another axis than the outputs of {layer_name!r}")
     if isinstance(layer, nn.Linear):
         for trace in callers:
             if not _is_matrix(trace.calls[layer_name][0].all_input_nodes[0], model):
-                raise _KeptError(
+                raise KeptError(
                     f"the input of {layer_name!r} may be (N, L, C), of which it normalises L; "
                     "if it is (N, C), say so with an nn.Flatten() before"
                 )
@@ -409,7 +277,7 @@ def _is_matrix(node: fx.Node, model: nn.Module) -> bool:
         rest = [value for key, value in node.kwargs.items() if key != "input"]
         if node.op == "call_module":
             module = model.get_submodule(str(node.target).partition(".")[2])
-            if not _is_plain(module):
+            if not is_plain(module):
                 return False
             if isinstance(module, nn.Flatten):
                 return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
@@ -426,23 +294,18 @@ def _is_matrix(node: fx.Node, model: nn.Module) -> bool:
         node = node.all_input_nodes[0]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" not in vars(module) and not any(vars(module).get(name) for name in hooks)
-
-
 def _fold_one(model: nn.Module, layer_name: str, norm_name: str) -> None:
     """Fold a normalization into its layer, or raise why it cannot be done."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     assert isinstance(layer, _ConvNd | nn.Linear)
     assert isinstance(norm, _BatchNorm)
     if norm.training:
-        raise _KeptError("it stays in training mode in eval()")
+        raise KeptError("it stays in training mode in eval()")
     if norm.running_mean is None or norm.running_var is None:
-        raise _KeptError("it has no running statistics")
+        raise KeptError("it has no running statistics")
     weight, bias = _fused(layer, norm)
     if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise _KeptError(f"the folded weights of {layer_name!r} are not finite in {weight.dtype}")
+        raise KeptError(f"the folded weights of {layer_name!r} are not finite in {weight.dtype}")
     layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
     layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
     parent, _, name = norm_name.rpartition(".")

@@ -94,7 +94,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
             self.register_parameter("bias", None)
         self.process_group = process_group
         self.fuses_relu = relu
-        choose_reducer(self, reducer)
+        check_reducer(reducer)
+        self.reducer = reducer
         adopt(self)
 
     def reset_parameters(self) -> None:
@@ -249,6 +250,27 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         adopt(self, state.get("_memory"))
 
 
+class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- as above
+    """Unsynchronised batch normalization of inputs (N, C, *) with any number of dimensions.
+
+    What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was one from the start, or that
+    adds a residual or takes a ReLU: by separate operations here.
+    """
+
+    fuses_relu: bool = False
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the normalised input, plus the residual, with the ReLU that the layer had."""
+        output = super().forward(input)
+        if residual is not None:
+            output = output + residual
+        return functional.relu(output) if self.fuses_relu else output
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input of shape (N, C, *), got {tuple(input.shape)}")
+
+
 @dataclass(frozen=True)
 class RanksOfGroup:
     """What is left of a process group in a pickled layer: the global ranks of its members."""
@@ -264,15 +286,14 @@ def adopt(layer: SyncBatchNorm, shift: Tensor | None = None) -> None:
     layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class; torch types attributes as tensors or modules
 
 
-def choose_reducer(layer: SyncBatchNorm, reducer: str | None) -> None:
-    """Let a layer, new or converted, sum over the replicas as asked for; None leaves it open.
+def check_reducer(reducer: str | None) -> None:
+    """Refuse a reducer that is none of `syncbn.collectives.CHOICES`, nor None.
 
     Raises:
         InputError: there is no such choice.
     """
     if reducer is not None and reducer not in CHOICES:
         raise InputError(f"the reducer is {reducer!r}; choose {', '.join(CHOICES)} or None")
-    layer.reducer = reducer  # pyright: ignore[reportAttributeAccessIssue] -- torch types attributes as tensors or modules
 
 
 def _device(layer: SyncBatchNorm) -> torch.device:

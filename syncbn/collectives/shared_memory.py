@@ -26,8 +26,8 @@ from syncbn.errors import InputError, ReplicaError
 _CAPACITY = 8192
 # How long the library waits before Python looks after signals, dead peers and the deadline.
 _SLICE_US = 50_000
-# Some tenths of a millisecond of looking for a peer's post before others may run, if there is a core
-# for each rank.
+# Some tenths of a millisecond of looking for a peer's post before others may run, if there is a
+# core for each rank.
 _SPINS = 20_000
 
 

@@ -1,0 +1,293 @@
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+import syncbn
+from syncbn.layers import BatchNorm
+from tests.support.world import run_world
+
+C = 4
+
+
+class _Block(nn.Module):
+    """A residual block: one ReLU for both places, as torchvision has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.bn1 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
+        self.conv2, self.bn2 = nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+def _values(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _batch(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def _assert_computes_the_same(ours: nn.Module, truth: nn.Module, x: Tensor) -> None:
+    for training in (True, True, False):
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [
+            model.train(training)(each) for model, each in zip((ours, truth), inputs, strict=True)
+        ]
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+        for output in outputs:
+            output.square().sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-7, atol=1e-7)
+    gradients = [{n: p.grad for n, p in model.named_parameters()} for model in (ours, truth)]
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(ours.state_dict(), truth.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("resnet18", 17),
+        ("mobilenet_v2", 10),
+        ("densenet121", 121),
+    ],
+)
+def test_architectures_of_torchvision_compute_the_same(name: str, fused: int) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, num_classes=3).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    fusion = syncbn.fuse(syncbn.convert_sync_batchnorm(copy.deepcopy(model)))
+    assert len(fusion.fused) == fused
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sorted([*fusion.fused, *fusion.kept]) == sorted(norms)
+    assert list(fusion.model.state_dict()) == list(model.state_dict())
+    _assert_computes_the_same(fusion.model, model, _batch(4, 3, 64, 64))
+
+
+def test_residual_block_calls_its_two_layers_and_nothing_else() -> None:
+    model = syncbn.convert_sync_batchnorm(_Block())
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn1": "relu", "bn2": "add, relu"}
+    assert isinstance(fusion.model, torch.fx.GraphModule)
+    called = [str(node.target) for node in fusion.model.graph.nodes if node.op.startswith("call")]
+    assert called == ["conv1", "bn1", "conv2", "bn2"]
+    assert type(fusion.model).__name__ == "_Block"
+    for name in fusion.fused:  # the model itself is as it was
+        assert not model.get_submodule(name).fuses_relu
+        assert fusion.model.get_submodule(name).fuses_relu
+
+
+def _block_on_two_ranks() -> list[Tensor]:
+    model = syncbn.fuse(syncbn.convert_sync_batchnorm(_values(_Block()).double())).model
+    x = _batch(8, C, 5, 5).chunk(2)[dist.get_rank()].requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_replicas_match_one_process_on_the_concatenated_batch() -> None:
+    ours = run_world(2, _block_on_two_ranks)
+    truth, x = _values(_Block()).double(), _batch(8, C, 5, 5).requires_grad_()
+    y = truth(x)
+    y.square().sum().backward()
+    expected = [y.detach(), x.grad, *(parameter.grad for parameter in truth.parameters())]
+    for number, exact in enumerate(expected):
+        mine = torch.cat([rank[number] for rank in ours]) if number < 2 else ours[0][number]
+        torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-9)
+
+
+class _One(nn.Module):
+    """A normalization, and whatever follows it."""
+
+    def __init__(self, follow: Callable[["_One", Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.bn = syncbn.SyncBatchNorm(C)
+        self.relu, self.follow = nn.ReLU(), follow
+
+    def forward(self, x: Tensor) -> object:
+        return self.follow(self, self.bn(x), x)
+
+
+FUSED: dict[str, tuple[Callable[[_One, Tensor, Tensor], object], str]] = {
+    "a module": (lambda net, y, x: net.relu(y), "relu"),
+    "a function": (lambda net, y, x: functional.relu(y, inplace=True), "relu"),
+    "torch's": (lambda net, y, x: torch.relu(y), "relu"),
+    "a method": (lambda net, y, x: y.relu_(), "relu"),
+    "a sum": (lambda net, y, x: y + x, "add"),
+    "a sum the other way": (lambda net, y, x: (x + y).relu(), "add, relu"),
+    "a sum by function": (lambda net, y, x: torch.add(y, x).relu(), "add, relu"),
+    "a sum in place": (lambda net, y, x: y.add_(x).relu(), "add, relu"),
+    "a sum that goes elsewhere too": (lambda net, y, x: (s := y + x, s.relu()), "add"),
+}
+KEPT: dict[str, tuple[Callable[[_One, Tensor, Tensor], object], str]] = {
+    "tanh comes after it": (lambda net, y, x: y.tanh(), "tanh comes after it, and neither"),
+    "its output goes elsewhere": (lambda net, y, x: y.relu() * y, "its output goes to 2 places"),
+    "to itself": (lambda net, y, x: y + y, "what is added to it is no other tensor"),
+    "a number": (lambda net, y, x: y + 1.0, "what is added to it is no other tensor"),
+    "a size": (lambda net, y, x: y + x.size(0), "size, is computed after it|no other tensor"),
+    "computed later": (lambda net, y, x: y + x.sin(), "sin, is computed after it"),
+    "scaled": (lambda net, y, x: torch.add(y, x, alpha=2), "add comes after it, and neither"),
+    "changed in place": (lambda net, y, x: (x.mul_(2), y.relu())[1], "mul_ changes a tensor in"),
+    "added in place to what is used": (
+        lambda net, y, x: (z := x.neg(), x.add_(y), z)[1],
+        "it is added in place to x, which is used elsewhere too",
+    ),
+}
+
+
+@pytest.mark.parametrize(("follow", "taken"), FUSED.values(), ids=FUSED)
+def test_what_follows_is_taken_along(
+    follow: Callable[[_One, Tensor, Tensor], object], taken: str
+) -> None:
+    model = _One(follow)
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn": taken}
+    assert fusion.kept == {}
+    x = _batch(6, C, 3)
+    torch.testing.assert_close(fusion.model(x.clone()), model(x.clone()))
+
+
+@pytest.mark.parametrize(("follow", "reason"), KEPT.values(), ids=KEPT)
+def test_what_is_not_certain_is_kept_with_the_reason(
+    follow: Callable[[_One, Tensor, Tensor], object], reason: str
+) -> None:
+    model = _One(follow)
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {}
+    (why,) = fusion.kept.values()
+    assert any(part in why for part in reason.split("|")), why
+    assert type(fusion.model) is _One
+    x = _batch(6, C, 3)
+    torch.testing.assert_close(fusion.model(x.clone()), model(x.clone()))
+
+
+class _Odd(nn.Module):
+    """Models that cannot be fused as a whole."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.bn, self.kind = syncbn.SyncBatchNorm(C), kind
+        self.last: object = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x).relu()
+        if self.kind == "depends on values" and x.sum() > 0:
+            y = y + 1
+        if self.kind == "another way in training":
+            y = functional.dropout(y, 0.0, self.training)
+        if self.kind == "stores what it computes":
+            self.last = y
+        return y
+
+
+class _Optional(_Odd):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+WHOLES = {
+    "depends on values": "torch.fx cannot trace its model, TraceError",
+    "another way in training": "its model's forward takes another way in evaluation",
+    "stores what it computes": "its model's forward stores what it computes",
+}
+
+
+@pytest.mark.parametrize(("kind", "reason"), WHOLES.items(), ids=WHOLES)
+def test_model_whose_forward_is_more_than_its_calls_is_left_whole(kind: str, reason: str) -> None:
+    model = _Odd(kind).eval()
+    model.bn.train()
+    fusion = syncbn.fuse(model)
+    assert fusion.kept["bn"].startswith(reason)
+    assert type(fusion.model) is _Odd
+    assert [module.training for module in model.modules()] == [False, True]
+
+
+def test_model_with_optional_arguments_is_left_whole() -> None:
+    fusion = syncbn.fuse(_Optional(""))
+    assert "may do without scale" in fusion.kept["bn"]
+
+
+def _hooked(model: nn.Module) -> None:
+    model.get_submodule("bn").register_forward_hook(lambda *_: None)
+
+
+def _unsynchronised(model: nn.Module) -> None:
+    syncbn.revert_sync_batchnorm(model)
+
+
+def _with_relu(model: nn.Module) -> None:
+    model.get_submodule("bn").__dict__["fuses_relu"] = True
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hooked, "it has hooks or an exchanged forward"),
+        (_unsynchronised, "it is a BatchNorm, and not a SyncBatchNorm"),
+        (_with_relu, "it takes a ReLU or a residual along already"),
+    ],
+)
+def test_layer_that_is_not_plain_is_kept(change: Callable[[nn.Module], None], reason: str) -> None:
+    model = _One(lambda net, y, x: y.relu())
+    change(model)
+    assert syncbn.fuse(model).kept == {"bn": reason}
+
+
+def test_layer_that_is_called_twice_is_kept() -> None:
+    model = _One(lambda net, y, x: net.bn(y.relu()).relu())
+    assert syncbn.fuse(model).kept == {"bn": "it is called more than once"}
+
+
+def test_fused_model_can_be_reverted_converted_copied_and_pickled() -> None:
+    plain = _values(_Block()).double()
+    model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
+    for make in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        fused = make(syncbn.fuse(model).model)
+        _assert_computes_the_same(fused, copy.deepcopy(plain), _batch(4, C, 5, 5))
+    reverted = syncbn.revert_sync_batchnorm(syncbn.fuse(model).model)
+    assert isinstance(reverted.get_submodule("bn2"), BatchNorm)
+    _assert_computes_the_same(reverted, copy.deepcopy(plain), _batch(4, C, 5, 5))
+    again = syncbn.convert_sync_batchnorm(syncbn.revert_sync_batchnorm(syncbn.fuse(model).model))
+    _assert_computes_the_same(again, copy.deepcopy(plain), _batch(4, C, 5, 5))
+
+
+class _Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 1), syncbn.SyncBatchNorm(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.bn(y, y)
+
+
+def test_fused_layers_are_not_folded() -> None:
+    model = syncbn.fuse(syncbn.convert_sync_batchnorm(_Block())).model
+    folding = syncbn.fold(model)
+    assert folding.folded == ()
+    assert "takes a ReLU itself" in folding.kept["bn1"]
+    assert "takes a ReLU itself" in folding.kept["bn2"]
+    # The convolution's output goes into the normalization alone, but in two ways.
+    assert "adds a residual itself" in syncbn.fold(_Twice()).kept["bn"]
