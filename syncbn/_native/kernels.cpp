@@ -255,15 +255,17 @@ struct Terms {
   inline Terms operator+(Terms other) const { return {a + other.a, b + other.b}; }
 };
 
-// Two sums in lanes of their own: an addition waits for the previous one to its lane alone.
+// Adds up the two sums of rows, one channel's after the other's.
 struct Sums {
-  Terms<kHalf> lane0{}, lane1{}, lane2{}, lane3{};
+  Terms<kHalf> lanes{};
   Terms<1> rest{};
 
-  // Adds term(Count<k>, i), the Terms of k values from i on, over [i, end).
+  // Adds term(Count<k>, i), the Terms of k values from i on, over the row [i, end). In four lanes
+  // of their own, because an addition waits for the previous one to its lane.
   template <typename TermT>
   inline void add(int64_t i, int64_t end, const TermT& term) {
     const Count<kHalf> half;
+    Terms<kHalf> lane0 = lanes, lane1{}, lane2{}, lane3{};
     for (; i + 4 * kHalf <= end; i += 4 * kHalf) {
       lane0 = lane0 + term(half, i);
       lane1 = lane1 + term(half, i + kHalf);
@@ -279,17 +281,37 @@ struct Sums {
       lane2 = lane2 + term(half, i);
       i += kHalf;
     }
+    lanes = (lane0 + lane1) + (lane2 + lane3);
     for (; i < end; ++i) rest = rest + term(Count<1>{}, i);
   }
 
   inline void add_to(double* first, double* second) const {
-    const Terms<kHalf> all = (lane0 + lane1) + (lane2 + lane3);
     Terms<1> sum = rest;
-    for (int lane = 0; lane < kHalf; ++lane) sum = sum + Terms<1>{all.a[lane], all.b[lane]};
+    for (int lane = 0; lane < kHalf; ++lane) sum = sum + Terms<1>{lanes.a[lane], lanes.b[lane]};
     *first += sum.a;
     *second += sum.b;
   }
 };
+
+// Adds term(Count<k>, i, of(c)) over contiguous channels c to first[c] and second[c]. In the order
+// of memory, which the processor fetches ahead, with the sums of some channels at hand.
+template <typename OfT, typename TermT>
+inline void add_channels(Shape shape, Range channels, double* first, double* second, const OfT& of,
+                         const TermT& term) {
+  constexpr int64_t kAtHand = 64;
+  for (int64_t begin = channels.begin; begin < channels.end; begin += kAtHand) {
+    const int64_t end = begin + kAtHand < channels.end ? begin + kAtHand : channels.end;
+    Sums sums[kAtHand];
+    for (int64_t n = 0; n < shape.n; ++n)
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t start = (n * shape.c + c) * shape.s;
+        const auto constants = of(c);
+        sums[c - begin].add(start, start + shape.s,
+                            [&](auto count, int64_t i) { return term(count, i, constants); });
+      }
+    for (int64_t c = begin; c < end; ++c) sums[c - begin].add_to(first + c, second + c);
+  }
+}
 
 // Adds term(Count<k>, row's start, c) of each row in turn to first[c] and second[c]; four rows at
 // once, to load and store the sums less often.
@@ -326,16 +348,7 @@ void sums(const T* x, Shape shape, Range range, const double* shift, double* fir
       return term(count, start + c, read<Doubles<decltype(count)::value>>(shift + c));
     });
   }
-  for (int64_t c = range.begin; c < range.end; ++c) {
-    const double center = shift[c];
-    Sums all;
-    for (int64_t n = 0; n < shape.n; ++n) {
-      const int64_t start = (n * shape.c + c) * shape.s;
-      all.add(start, start + shape.s,
-              [=](auto count, int64_t i) { return term(count, i, center); });
-    }
-    all.add_to(first + c, second + c);
-  }
+  add_channels(shape, range, first, second, [=](int64_t c) { return shift[c]; }, term);
 }
 
 // What the elementwise loops need of a channel, or, loaded for k channels, of each of them.
@@ -355,41 +368,37 @@ inline AffineOf<Floats<kCount>> at(const Affine& affine, int64_t c) {
           load<kCount>(affine.offset + c)};
 }
 
+// What gradient_sums needs of k channels.
+template <int kCount>
+struct CenterOf {
+  Doubles<kCount> center;
+  AffineOf<Floats<kCount>> gate;
+};
+
 template <typename T, bool kRelu>
 void gradient_sums(const T* dy, const T* x, Shape shape, Range range, const double* mean,
                    const Affine* relu, double* first, double* second) {
-  const auto term = [=](auto count, int64_t i, auto center, auto gate) {
+  const auto term = [=](auto count, int64_t i, const auto& of) {
     constexpr int kCount = decltype(count)::value;
     const Floats<kCount> value = load<kCount>(x + i);
     Floats<kCount> g = load<kCount>(dy + i);
-    if constexpr (kRelu) g = gated(g, gate(value));
+    if constexpr (kRelu) g = gated(g, of.gate(value));
     const Doubles<kCount> wide = to_double<kCount>(g);
-    return Terms<kCount>{wide, wide * (to_double<kCount>(value) - center)};
+    return Terms<kCount>{wide, wide * (to_double<kCount>(value) - of.center)};
   };
-  const auto gate_at = [=](auto count, int64_t c) {
+  const auto of = [=](auto count, int64_t c) {
     constexpr int kCount = decltype(count)::value;
-    if constexpr (kRelu)
-      return at<kCount>(*relu, c);
-    else
-      return c;  // which nobody looks at
+    CenterOf<kCount> center{read<Doubles<kCount>>(mean + c), {}};
+    if constexpr (kRelu) center.gate = at<kCount>(*relu, c);
+    return center;
   };
   if (shape.channels_last) {
     return add_rows(shape, range, first, second, [=](auto count, int64_t start, int64_t c) {
-      constexpr int kCount = decltype(count)::value;
-      return term(count, start + c, read<Doubles<kCount>>(mean + c), gate_at(count, c));
+      return term(count, start + c, of(count, c));
     });
   }
-  for (int64_t c = range.begin; c < range.end; ++c) {
-    const double center = mean[c];
-    const auto gate = gate_at(Count<1>{}, c);
-    Sums all;
-    for (int64_t n = 0; n < shape.n; ++n) {
-      const int64_t start = (n * shape.c + c) * shape.s;
-      all.add(start, start + shape.s,
-              [=](auto count, int64_t i) { return term(count, i, center, gate); });
-    }
-    all.add_to(first + c, second + c);
-  }
+  add_channels(
+      shape, range, first, second, [=](int64_t c) { return of(Count<1>{}, c); }, term);
 }
 
 // Values in a block of rows, several pages.
@@ -410,9 +419,9 @@ inline void elementwise(Shape shape, Range range, const PrepareT& prepare, const
         });
     return;
   }
-  for (int64_t c = range.end - 1; c >= range.begin; --c) {
-    const auto coefficients = prepare(Count<1>{}, c);
-    for (int64_t n = shape.n - 1; n >= 0; --n) {
+  for (int64_t n = shape.n - 1; n >= 0; --n) {
+    for (int64_t c = range.end - 1; c >= range.begin; --c) {
+      const auto coefficients = prepare(Count<1>{}, c);
       const int64_t start = (n * shape.c + c) * shape.s;
       in_blocks(start, start + shape.s, [&](auto count, int64_t i) { loop(count, i, coefficients); });
     }
