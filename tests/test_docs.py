@@ -20,6 +20,7 @@ def test_snippets_print_what_their_comments_say(
     code = SNIPPETS[name]
     result = run([sys.executable, "-c", code], tmp_path_factory.mktemp("docs"), timeout_s=120)
     assert result.returncode == 0, result.stdout
-    expected = re.findall(r"^print\(.*\)  # (.*?)[:,] (?:β|names)", code, re.M)
-    assert expected
-    assert result.stdout.splitlines() == [line.rstrip(":") for line in expected]
+    comments = re.findall(r"^print\(.*\)  # (.*)$", code, re.M)
+    assert comments
+    for line, comment in zip(result.stdout.splitlines(), comments, strict=True):
+        assert comment.startswith(line)  # and goes on to explain it

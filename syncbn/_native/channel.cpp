@@ -67,11 +67,15 @@ void pause_briefly() {
 #endif
 }
 
-// Returns whether the rank arrived: looks, then lets other processes run, then sleeps.
+// Returns whether the rank arrived: looks, then lets other processes run, then sleeps. While it
+// looks it lets them run now and then too: the rank may have been put on this very core.
 bool wait_for(Rank& rank, uint32_t round, int32_t spins, int64_t until_us) {
   for (int32_t i = 0; i < spins; ++i) {
     if (arrived(rank, round)) return true;
-    pause_briefly();
+    if (i % 64 == 63)
+      sched_yield();
+    else
+      pause_briefly();
   }
   for (int32_t i = 0; i < 32; ++i) {
     if (arrived(rank, round)) return true;

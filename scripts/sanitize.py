@@ -1,0 +1,127 @@
+"""Run the native code under sanitizers, and on arm64; say "clean", or show the report and fail.
+
+python scripts/sanitize.py             all three parts
+python scripts/sanitize.py address     its Python tests, with AddressSanitizer and UBSan
+python scripts/sanitize.py thread      tests/support/race.cpp, with ThreadSanitizer
+python scripts/sanitize.py arm64       the same for arm64, emulated by qemu; a check of numbers
+
+Takes minutes, and needs Linux, g++ and its sanitizers; arm64 also Debian's packages
+g++-aarch64-linux-gnu and qemu-user-static, and is skipped without them. qemu on x86-64 keeps that
+processor's order of memory: whether the order asked for is enough, only the part `thread` tells.
+"unexpected memory mapping" is ThreadSanitizer's word for a kernel that places memory where an older
+one cannot use it: run the command under `setarch -R` then.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from syncbn._native.build import FLAGS, HERE, compile_library
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = ROOT / "tests" / "support" / "race.cpp"
+SANITIZED = [*FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]  # the last -O counts
+SUITES = [
+    *("tests/contracts/test_kernels.py", "tests/contracts/test_reducers.py"),
+    *("tests/syncbn/test_native.py", "tests/syncbn/test_functional_native.py"),
+]
+# Loads the library as the tests will, and fails where it is another one, or none.
+WHICH = """
+import sys
+from syncbn import _native
+assert _native.library is not None and str(_native.LIBRARY) == sys.argv[1], _native.LIBRARY
+"""
+
+
+def check_address(directory: Path) -> str:
+    """Run the tests of the native code on a copy whose library looks after every access."""
+    for name in ("syncbn", "tests"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, directory / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    library = directory / "syncbn" / "_native" / "libsyncbn.so"
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    compile_library(library, "g++", [*SANITIZED, *flags])
+    # Python itself knows nothing of the sanitizers, so that they must be loaded before it; and
+    # libstdc++ with them, because they look for its functions at the start. Leaks are not looked
+    # for: Python leaves thousands of objects to the end of the process, and the library keeps
+    # its threads until then. Reports go to files: pytest and ranks that die would swallow them.
+    libraries = ("libasan.so", "libubsan.so", "libstdc++.so")
+    reports = directory / "report"
+    environment = {
+        "PYTHONPATH": str(directory),
+        "LD_PRELOAD": " ".join(_output("g++", f"-print-file-name={name}") for name in libraries),
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports}",
+        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}",
+    }
+    _run([sys.executable, "-c", WHICH, str(library)], directory, **environment)
+    try:
+        _run([sys.executable, "-m", "pytest", "-q", *SUITES], directory, **environment)
+    finally:
+        found = [report.read_text() for report in sorted(directory.glob("report.*"))]
+        print(*found, sep="\n", end="", file=sys.stderr)
+    return "clean" if not found else sys.exit("address: a process reported, see above")
+
+
+def check_thread(directory: Path) -> str:
+    """Run the driver and the library with every access checked for one that may race with it."""
+    library, program = directory / "libsyncbn.so", directory / "race"
+    flags = [*SANITIZED, "-fsanitize=thread"]
+    compile_library(library, "g++", flags)
+    _run(["g++", *flags, str(DRIVER), str(library), f"-Wl,-rpath,{directory}", "-o", str(program)])
+    _run([str(program), "3000"], TSAN_OPTIONS="halt_on_error=1")
+    return "clean"
+
+
+def check_arm64(directory: Path) -> str:
+    """Run the driver and the library, compiled for arm64, in an emulator."""
+    cxx = shutil.which("aarch64-linux-gnu-g++")
+    qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if cxx is None or qemu is None:
+        return "SKIPPED, for want of " + ("qemu-aarch64" if cxx else "aarch64-linux-gnu-g++")
+    program = directory / "race"
+    sources = [str(source) for source in (*sorted(HERE.glob("*.cpp")), DRIVER)]
+    # Static, so that qemu needs no arm64 libraries. arm64 has one level of instructions.
+    flags = [*FLAGS, "-Werror", "-static", "-DSYNCBN_LEVEL=kBaseline"]
+    _run([cxx, *flags, *sources, "-o", str(program)])
+    _run([qemu, str(program), "300"])
+    return "clean"
+
+
+PARTS: dict[str, Callable[[Path], str]] = {
+    "address": check_address,
+    "thread": check_thread,
+    "arm64": check_arm64,
+}
+
+
+def _run(command: list[str], cwd: Path = ROOT, **environment: str) -> None:
+    result = subprocess.run(command, cwd=cwd, env=os.environ | environment, check=False)
+    if result.returncode != 0:
+        sys.exit(f"failed with exit code {result.returncode}: {' '.join(command)}")
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """Run the parts that were asked for, each in a directory of its own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=list(PARTS), help="one part instead of all")
+    part = parser.parse_args().part
+    for name in [part] if part else PARTS:
+        print(f"{name}: compiling and running", flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"{name}: {PARTS[name](Path(directory))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
