@@ -21,6 +21,9 @@ from torch.multiprocessing.spawn import spawn
 TURN_S = 50e-3
 TIMEOUT = timedelta(seconds=120)
 
+# For glibc; read when a process starts.
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
 Rows = list[dict[str, Any]]
 
 
@@ -61,8 +64,11 @@ def _slowest(time_s: float) -> float:
 def on_ranks(world_size: int, section: Callable[[int], Rows], turns: int) -> Rows:
     """Return what a section measures as rank 0 of a world of processes with one thread each.
 
-    Each has a core of its own, if there are as many: left alone, a kernel may put two on one.
+    Each has a core of its own, if there are as many: left alone, the system may put two on one. And
+    each keeps the memory that it has freed, which otherwise goes back to the system and is cleared
+    page by page when it comes again: a millisecond or more a step, at whose turn is by chance.
     """
+    os.environ |= KEEP_MEMORY
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,0 +1,33 @@
+"""The bench scripts' sections that time nothing; what the others time is no matter for a test."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import REPOSITORY, run
+
+
+def _figures(section: str, tmp_path: Path) -> list[dict[str, float]]:
+    script, file = REPOSITORY / "scripts" / "bench_layer.py", tmp_path / "figures.json"
+    command = [sys.executable, str(script), "--only", section, "--json", str(file)]
+    result = run(command, tmp_path, timeout_s=120)
+    assert result.returncode == 0, result.stdout
+    return json.loads(file.read_text())[section]
+
+
+def test_layer_keeps_no_more_for_backward_than_torchs(tmp_path: Path) -> None:
+    rows = _figures("memory", tmp_path)
+    for row in rows:
+        assert row["SyncBatchNorm"] <= row["nn.BatchNorm2d"]
+        saved = row["nn.BatchNorm2d, ReLU"] - row["SyncBatchNorm with ReLU"]
+        assert saved == pytest.approx(row["x"], rel=0.02)  # one activation, less β
+
+
+def test_model_of_costs_is_that_of_its_formulas(tmp_path: Path) -> None:
+    rows = _figures("model", tmp_path)
+    (row,) = [r for r in rows if r.get("C") == 256 and r["W"] == 8 and "Ether" in str(r["network"])]
+    alpha_us, per_byte_us, both_sums = 30, 1 / 1250, 32 * 256 + 8
+    assert row["tree µs"] == pytest.approx(2 * 6 * alpha_us + 6 * both_sums * per_byte_us)
+    assert row["ring µs"] == pytest.approx(2 * 14 * alpha_us + 14 / 8 * both_sums * per_byte_us)
