@@ -30,6 +30,7 @@ SUITES = [
     *("tests/contracts/test_kernels.py", "tests/contracts/test_reducers.py"),
     *("tests/syncbn/test_native.py", "tests/syncbn/test_functional_native.py"),
 ]
+REPORTS = ("Sanitizer", "runtime error:")
 # Loads the library as the tests will, and fails where it is another one, or none.
 WHICH = """
 import sys
@@ -50,22 +51,19 @@ def check_address(directory: Path) -> str:
     # Python itself knows nothing of the sanitizers, so that they must be loaded before it; and
     # libstdc++ with them, because they look for its functions at the start. Leaks are not looked
     # for: Python leaves thousands of objects to the end of the process, and the library keeps
-    # its threads until then. Reports go to files: pytest and ranks that die would swallow them.
+    # its threads until then.
     libraries = ("libasan.so", "libubsan.so", "libstdc++.so")
-    reports = directory / "report"
     environment = {
         "PYTHONPATH": str(directory),
         "LD_PRELOAD": " ".join(_output("g++", f"-print-file-name={name}") for name in libraries),
-        "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports}",
-        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     _run([sys.executable, "-c", WHICH, str(library)], directory, **environment)
-    try:
-        _run([sys.executable, "-m", "pytest", "-q", *SUITES], directory, **environment)
-    finally:
-        found = [report.read_text() for report in sorted(directory.glob("report.*"))]
-        print(*found, sep="\n", end="", file=sys.stderr)
-    return "clean" if not found else sys.exit("address: a process reported, see above")
+    # What a process writes as it dies would be lost if pytest caught more than Python's own output.
+    pytest = [sys.executable, "-m", "pytest", "-q", "--capture=sys"]
+    _run([*pytest, *SUITES], directory, **environment)
+    return "clean"
 
 
 def check_thread(directory: Path) -> str:
@@ -101,9 +99,14 @@ PARTS: dict[str, Callable[[Path], str]] = {
 
 
 def _run(command: list[str], cwd: Path = ROOT, **environment: str) -> None:
-    result = subprocess.run(command, cwd=cwd, env=os.environ | environment, check=False)
-    if result.returncode != 0:
-        sys.exit(f"failed with exit code {result.returncode}: {' '.join(command)}")
+    """Run a command; stop at a failure, and at a report, for a test may get over a rank's death."""
+    environment = {**os.environ, **environment}
+    result = subprocess.run(
+        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
+    print(result.stderr, end="", file=sys.stderr)
+    if result.returncode != 0 or any(sign in result.stderr for sign in REPORTS):
+        sys.exit(f"exit code {result.returncode}, or a report: {' '.join(command)}")
 
 
 def _output(*command: str) -> str:

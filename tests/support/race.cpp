@@ -4,6 +4,7 @@
 // race ROUNDS     exits with 0, or says what is wrong and exits with 1
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cmath>
@@ -363,6 +364,7 @@ void announce(const char* part) {
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 1000;
+  alarm(900);  // ends the process where a round that is lost is waited for
   announce("two channels of four ranks");
   check_channels(rounds);
   announce("a rank that gives up");
