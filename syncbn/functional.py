@@ -67,9 +67,9 @@ def sync_batch_norm(
         y, and the moments of the whole batch, which carry no gradient.
 
     Raises:
-        InputError: x is not floating point or has fewer than two dimensions, or the residual is
-            not like x, or the reducer is impossible (on this replica, before anything is sent);
-            or all replicas together hold one value per channel, whose
+        InputError: x is not floating point, has fewer than two dimensions, or no channels, or the
+            residual is not like x, or the reducer is impossible (on this replica, before anything
+            is sent); or all replicas together hold one value per channel, whose
             variance is undefined (on every replica, after the reduction).
         ReplicaError: the all-reduce failed, or what the replicas sent does not belong together.
 
@@ -94,6 +94,8 @@ def reason_to_refuse(x: Tensor) -> str:
     """Return what is wrong with an input of any number of channels; '' for nothing."""
     if x.dim() < 2:
         return f"expected an input of shape (N, C, *), got {tuple(x.shape)}; add a batch dimension"
+    if x.shape[1] == 0:
+        return f"expected channels to normalise, got an input of shape {tuple(x.shape)}"
     if not x.is_floating_point():
         return f"expected a floating-point input, got {x.dtype}; convert it first"
     return ""

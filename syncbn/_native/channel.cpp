@@ -16,7 +16,6 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
-#include <cstring>
 
 namespace {
 
@@ -111,9 +110,9 @@ int64_t syncbn_channel_size(int32_t world, int64_t capacity) {
   return world * (static_cast<int64_t>(sizeof(Rank)) + 2 * slot_bytes(capacity));
 }
 
-// Waits for all ranks' posts of a round, of n values each, and adds them up. Returns -1 when done; the number of a
-// rank that has not posted in time or gave up, whereupon it can be called again; or -2 - r where
-// rank r posted a vector of another size.
+// Waits for all ranks' posts of a round, of n values each, and adds them up. Returns -1 when done;
+// the number of a rank that has not posted in time or gave up, whereupon it can be called again; or
+// -2 - r where rank r posted a vector of another size.
 int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int32_t me,
                                uint32_t round, double* sum, int64_t n, int64_t whole,
                                int32_t spins, int64_t timeout_us) {
@@ -126,7 +125,7 @@ int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int3
   }
   for (int32_t r = 0; r < world; ++r)
     if (channel.rank(r).size[round % 2] != whole) return -2 - r;
-  std::memcpy(sum, channel.slot(0, round), static_cast<size_t>(n) * 8);
+  std::copy_n(channel.slot(0, round), n, sum);
   for (int32_t r = 1; r < world; ++r) {
     const double* values = channel.slot(r, round);
     for (int64_t i = 0; i < n; ++i) sum[i] += values[i];
@@ -141,7 +140,7 @@ int32_t syncbn_channel_sum(void* base, int32_t world, int64_t capacity, int32_t 
                            int32_t spins, int64_t timeout_us) {
   const Channel channel{static_cast<char*>(base), world, capacity};
   Rank& mine = channel.rank(me);
-  std::memcpy(channel.slot(me, round), values, static_cast<size_t>(n) * 8);
+  std::copy_n(values, n, channel.slot(me, round));
   mine.size[round % 2] = whole;
   mine.round.store(round, std::memory_order_seq_cst);
   wake(mine);

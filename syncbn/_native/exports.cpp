@@ -45,6 +45,7 @@ int64_t part(int64_t total, int64_t parts, int64_t i) { return total * i / parts
 template <typename LoopT>
 void elementwise(Shape shape, int threads, const LoopT& loop) {
   const int64_t total = shape.channels_last ? shape.n * shape.s : shape.c;
+  if (shape.n * shape.c * shape.s == 0) return;
   const int used = useful_threads(shape, threads);
   if (used == 1) return loop(Range{0, total});
   const int64_t parts = std::min<int64_t>(total, 4 * used);
@@ -59,6 +60,7 @@ template <typename LoopT>
 void reduce(Shape shape, int threads, double* first, double* second, const LoopT& loop) {
   std::fill_n(first, shape.c, 0.0);
   std::fill_n(second, shape.c, 0.0);
+  if (shape.n * shape.c * shape.s == 0) return;
   if (!shape.channels_last) {  // a channel belongs to one task as a whole
     return elementwise(shape, threads, [&](Range range) { loop(range, first, second); });
   }
@@ -196,7 +198,7 @@ void syncbn_local_moments(int32_t dtype, const void* x, int64_t n, int64_t c, in
   const Shape shape{n, c, s, channels_last != 0};
   const DType type = static_cast<DType>(dtype);
   const int64_t count = n * s;
-  if (count == 0) {
+  if (count * c == 0) {
     std::fill_n(mean, c, 0.0);
     std::fill_n(m2, c, 0.0);
     return;

@@ -123,7 +123,7 @@ inline void write_halves(Words<kCount> from, void* to) {
 #endif
 #if defined(__AVX2__)
   else if constexpr (kCount == 4)
-    write(_mm_cvtsi128_si64(_mm_packus_epi32(bit_cast<__m128i>(from), bit_cast<__m128i>(from))), to);
+    write(_mm_cvtsi128_si64(_mm_packus_epi32(bit_cast<__m128i>(from), __m128i{})), to);
   else if constexpr (kCount == 8) {
     const __m256i lanes = bit_cast<__m256i>(from);
     write(_mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)), to);
@@ -431,7 +431,8 @@ inline void elementwise(Shape shape, Range range, const PrepareT& prepare, const
     for (int64_t c = range.end - 1; c >= range.begin; --c) {
       const auto coefficients = prepare(Count<1>{}, c);
       const int64_t start = (n * shape.c + c) * shape.s;
-      in_blocks(start, start + shape.s, [&](auto count, int64_t i) { loop(count, i, coefficients); });
+      in_blocks(start, start + shape.s,
+                [&](auto count, int64_t i) { loop(count, i, coefficients); });
     }
   }
 }

@@ -26,7 +26,7 @@ from syncbn.collectives import (
 from syncbn.errors import InputError, ReplicaError
 from tests.support.world import WorldError, run_world
 
-SIZES = [1, 7, 129, 4097, 20001]
+SIZES = [0, 1, 7, 129, 4097, 20001]
 
 choices = pytest.mark.parametrize("choice", ["shared_memory", "process_group"])
 

@@ -40,6 +40,12 @@ def test_vector_is_refused() -> None:
         syncbn.sync_batch_norm(torch.zeros(4))
 
 
+def test_input_without_channels_is_refused() -> None:
+    for refuse in (syncbn.sync_batch_norm, syncbn.SyncBatchNorm(0)):
+        with pytest.raises(InputError, match=r"expected channels .* of shape \(2, 0, 3\)"):
+            refuse(torch.zeros(2, 0, 3))
+
+
 class _TwoLikeThis:
     """A reducer whose other replica sends the same."""
 
