@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from document import DOCUMENTS, write_table
-from measure import Rows, machine, on_ranks, progress, table, take_turns
+from measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -315,15 +315,6 @@ def summary(name: str, rows: Rows) -> str:
         most = max(w for w in range(2, 4097) if gather(w) < tree(w))
         return f"The ring all-gather takes fewer steps than the tree up to W = {most}."
     return "1 is the speed of torch's copy of a tensor of the same shape."
-
-
-def measured_on(machine: dict[str, Any], turns: int) -> str:
-    """Return the line under a table that says where its figures come from."""
-    torch_version = machine["torch"].partition("+")[0]
-    return (
-        f"Measured on: {machine['processor']}, {machine['cores']} cores, torch {torch_version}, "
-        f"{machine['date']}, `--turns {turns}`."
-    )
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ python scripts/bench_train.py                  prints the table
 python scripts/bench_train.py --json FILE      also writes the figures
 python scripts/bench_train.py --write          also puts the table into docs/performance.md
 
-Two ranks of one thread each train under DistributedDataParallel: forward, backward, SGD. Only the
-normalization differs, and all take turns within one run; a figure is the median over the turns.
+One rank, and two ranks, of one thread each train under DistributedDataParallel: forward, backward,
+SGD. Only the normalization differs, and all take turns within one run; a figure is the median over
+the turns.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from document import write_table
-from measure import Rows, machine, on_ranks, progress, table, take_turns
+from measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -111,7 +112,7 @@ def bench_steps(turns: int) -> Rows:
             "naive": resnet18(width, _Naive),
         }
         taken = take_turns({n: _step(model, images, labels) for n, model in models.items()}, turns)
-        row: dict[str, Any] = {"width": width, "images": number}
+        row: dict[str, Any] = {"W": dist.get_world_size(), "width": width, "images": number}
         row |= {f"{name} ms": time_s * 1e3 for name, time_s in taken.items()}
         plain_s = taken.pop("nn.BatchNorm2d")
         rows.append(row | {f"{name} ratio": time_s / plain_s for name, time_s in taken.items()})
@@ -130,12 +131,16 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"machine": machine()}
     print(*(f"{key}: {value}" for key, value in figures["machine"].items()), sep="\n")
-    rows = figures["train"] = on_ranks(2, bench_steps, arguments.turns)
-    worst = {name: max(row[f"{name} ratio"] for row in rows) for name in ("SyncBatchNorm", "fused")}
+    rows = [row for size in (1, 2) for row in on_ranks(size, bench_steps, arguments.turns)]
+    figures["train"] = rows
+    worst = {
+        name: max(row[f"{name} ratio"] for row in rows if row["W"] == 2)
+        for name in ("SyncBatchNorm", "fused")
+    }
     text = (
-        f"{table(rows)}\n\nRatios are over nn.BatchNorm2d; the bar is 1.0 in each row. The worst: "
+        f"{table(rows)}\n\nRatios are over nn.BatchNorm2d; the bar at W = 2 is 1.0. The worst: "
         + ", ".join(f"{name} {ratio:.2f}" for name, ratio in worst.items())
-        + "."
+        + f".\n\n{measured_on(figures['machine'], arguments.turns)}"
     )
     print(f"\n{text}")
     if arguments.write:

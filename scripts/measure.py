@@ -64,9 +64,9 @@ def _slowest(time_s: float) -> float:
 def on_ranks(world_size: int, section: Callable[[int], Rows], turns: int) -> Rows:
     """Return what a section measures as rank 0 of a world of processes with one thread each.
 
-    Each has a core of its own, if there are as many: left alone, the system may put two on one. And
-    each keeps the memory that it has freed, which otherwise goes back to the system and is cleared
-    page by page when it comes again: a millisecond or more a step, at whose turn is by chance.
+    The system places them, as it does for torchrun. Each keeps the memory that it has freed, which
+    otherwise goes back to the system and is cleared page by page when it comes again: a millisecond
+    or more a step, at whose turn is by chance.
     """
     os.environ |= KEEP_MEMORY
     with socket.socket() as probe:
@@ -82,9 +82,6 @@ def on_ranks(world_size: int, section: Callable[[int], Rows], turns: int) -> Row
 def _be_rank(
     rank: int, world_size: int, port: int, section: Callable[[int], Rows], turns: int, file: str
 ) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if world_size <= len(cores):
-        os.sched_setaffinity(0, {cores[rank]})
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group(
@@ -131,3 +128,12 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def measured_on(machine: dict[str, Any], turns: int) -> str:
+    """Return the line under a table that says where its figures come from."""
+    torch_version = machine["torch"].partition("+")[0]
+    return (
+        f"Measured on: {machine['processor']}, {machine['cores']} cores, torch {torch_version}, "
+        f"{machine['date']}, `--turns {turns}`."
+    )
