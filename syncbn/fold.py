@@ -209,8 +209,6 @@ def _layers_before(model: nn.Module, traces: list[Trace]) -> tuple[dict[str, str
 def _layer_in(model: nn.Module, norm: str, trace: Trace) -> str:
     """Return what a normalization follows in one trace, if that is used for it alone."""
     node = trace.calls[norm][0]
-    if len(node.args) + len(node.kwargs) != 1:
-        raise KeptError("it adds a residual itself; fold the model as it was before fuse()")
     sources = node.all_input_nodes
     source = sources[0] if len(sources) == 1 else None
     if source is None or source.op != "call_module":
@@ -221,6 +219,8 @@ def _layer_in(model: nn.Module, norm: str, trace: Trace) -> str:
     kind = type(model.get_submodule(layer))
     if kind not in _FOLLOWERS:
         raise KeptError(f"it follows {layer!r}, a {kind.__name__}; {_names(_FOLLOWERS)} would do")
+    if len(node.args) + len(node.kwargs) != 1:
+        raise KeptError("it adds a residual itself; fold the model as it was before fuse()")
     if len(source.users) != 1 or source in trace.held:
         raise KeptError(f"the output of {layer!r} before it is used elsewhere too")
     return layer
