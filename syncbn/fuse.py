@@ -9,7 +9,16 @@ from torch import fx, nn
 from torch.nn import functional
 
 from syncbn.layers import BatchNorm, SyncBatchNorm
-from syncbn.tracing import KeptError, Tracer, copy_of, is_plain, norms, parameters_of
+from syncbn.tracing import (
+    ADVICE,
+    KeptError,
+    Tracer,
+    copy_of,
+    is_plain,
+    norms,
+    parameters_of,
+    untraceable,
+)
 
 _RELUS = ("relu", "relu_", torch.relu, torch.relu_, functional.relu, functional.relu_)
 _ADDITIONS = ("add", "add_", operator.add, operator.iadd, torch.add)
@@ -87,14 +96,13 @@ def fuse(model: nn.Module) -> Fusion:
 
 def _graph(model: nn.Module) -> fx.Graph:
     """Return the calls of a model's forward, if they are always the same."""
-    advice = "what the model only calls can be passed on its own"
     if not is_plain(model):
-        raise KeptError(f"its model has hooks or an exchanged forward; {advice}")
+        raise KeptError(f"its model has hooks or an exchanged forward; {ADVICE}")
     for parameter in parameters_of(model).values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or (
             parameter.default is not parameter.empty
         ):
-            raise KeptError(f"its model's forward may do without {parameter}; {advice}")
+            raise KeptError(f"its model's forward may do without {parameter}; {ADVICE}")
     modes = {name: module.training for name, module in model.named_modules()}
     graphs: list[fx.Graph] = []
     try:
@@ -104,19 +112,17 @@ def _graph(model: nn.Module) -> fx.Graph:
             # On a copy, because the forward runs, and may change attributes.
             graphs.append(tracer.trace(copy_of(model, share_tensors=True)))
             if tracer.held():
-                raise KeptError(f"its model's forward stores what it computes; {advice}")
+                raise KeptError(f"its model's forward stores what it computes; {ADVICE}")
     except KeptError:
         raise
     except Exception as error:  # whatever the model's own code makes of proxies
-        raise KeptError(
-            f"torch.fx cannot trace its model, {type(error).__name__}: {error}; {advice}"
-        ) from error
+        raise untraceable(error) from error
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
     evaluation, training = map(str, graphs)
     if evaluation != training:
-        raise KeptError(f"its model's forward takes another way in evaluation; {advice}")
+        raise KeptError(f"its model's forward takes another way in evaluation; {ADVICE}")
     return graphs[1]
 
 

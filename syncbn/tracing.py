@@ -12,11 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage] -- as above
 
 _MOST_TRACES = 16
-_ADVICE = "what the model only calls can be passed on its own"
+ADVICE = "what the model only calls can be passed on its own"
 
 
 class KeptError(Exception):
     """Why a normalization, or all of them of a model, stays as it is."""
+
+
+def untraceable(error: Exception) -> KeptError:
+    """Return the reason where a model's own code failed on a trace's proxies."""
+    return KeptError(f"torch.fx cannot trace its model, {type(error).__name__}: {error}; {ADVICE}")
 
 
 class Tracer(fx.Tracer):
@@ -114,7 +119,7 @@ def traces_of(model: nn.Module) -> list[Trace]:
         for name, parameter in parameters_of(model).items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 raise KeptError(
-                    f"its model's forward takes any number of arguments, {parameter}; {_ADVICE}"
+                    f"its model's forward takes any number of arguments, {parameter}; {ADVICE}"
                 )
             if isinstance(parameter.default, bool):
                 choices.append([{name: False}, {name: True}])
@@ -123,7 +128,7 @@ def traces_of(model: nn.Module) -> list[Trace]:
         if 2 ** len(choices) > _MOST_TRACES:
             raise KeptError(
                 f"its model's forward has {len(choices)} optional arguments, too many to trace "
-                f"each combination of them; {_ADVICE}"
+                f"each combination of them; {ADVICE}"
             )
         return [
             _trace(model, {name: value for given in combination for name, value in given.items()})
@@ -132,9 +137,7 @@ def traces_of(model: nn.Module) -> list[Trace]:
     except KeptError:
         raise
     except Exception as error:  # whatever the model's own code makes of proxies
-        raise KeptError(
-            f"torch.fx cannot trace its model, {type(error).__name__}: {error}; {_ADVICE}"
-        ) from error
+        raise untraceable(error) from error
 
 
 def _trace(model: nn.Module, given: dict[str, Any]) -> Trace:
