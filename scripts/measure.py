@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 def take_turns(competitors: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     """Return each competitor's median time in seconds; collective where there are several ranks.
 
-    A turn is as long as its slowest rank's, and repeats what takes less than a few milliseconds.
+    A turn is as long as its slowest rank's, and repeats what takes less than TURN_S.
     """
     repeats: dict[str, int] = {}
     for name, work in competitors.items():

@@ -1,5 +1,6 @@
 """The gradient of batch normalization over all replicas, and what makes it differentiable again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,15 @@ class Saved:
     relu: bool
 
 
+def masks(
+    bias: Tensor | None, residual: Tensor | None, y: Tensor, relu: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what `Saved` keeps of bias and output, which the ReLU's mask is found by."""
+    if not relu:
+        return None, None
+    return (bias, None) if residual is None else (None, y)
+
+
 class Gradients(NamedTuple):
     """Gradients of the four inputs, the parameters' in float64; dx is None if nobody needs it."""
 
@@ -42,6 +52,17 @@ class Gradients(NamedTuple):
     weight: Tensor
     bias: Tensor
     residual: Tensor
+
+    def of_inputs(
+        self, needs: Sequence[bool], weight: Tensor | None, bias_dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return those that are needed, in the dtypes of the inputs."""
+        return (
+            self.x,
+            self.weight.to(weight.dtype) if weight is not None and needs[1] else None,
+            self.bias.to(bias_dtype) if needs[2] else None,
+            self.residual if needs[3] else None,
+        )
 
 
 def gradients(dy: Tensor, saved: Saved, needs_dx: bool, kernels: Kernels, call: Call) -> Gradients:

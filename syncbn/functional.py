@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.collectives import select_reducer
-from syncbn.differentiable import Saved, gradients
+from syncbn.differentiable import Saved, gradients, masks
 from syncbn.errors import InputError
 from syncbn.functional_native import NativeSyncBatchNorm
 from syncbn.kernels import Kernels, NativeKernels, select_kernels
@@ -160,24 +160,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         y, count, mean, m2, invstd = output
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(count, mean, m2, invstd)
-        masks = None, None
-        if ctx.relu:
-            masks = (bias, None) if residual is None else (None, y)
-        ctx.save_for_backward(x, weight, *masks, count, mean, invstd)
+        kept = masks(bias, residual, y, ctx.relu)
+        ctx.save_for_backward(x, weight, *kept, count, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
         x, weight, bias, y, count, mean, invstd = ctx.saved_tensors
         saved = Saved(x, weight, bias, y, count, mean, invstd, ctx.relu)
         needs = ctx.needs_input_grad
-        dx, dweight, dbias, dresidual = gradients(grads[0], saved, needs[0], ctx.kernels, ctx.call)
-        return (
-            dx,
-            dweight.to(saved.weight.dtype) if saved.weight is not None and needs[1] else None,
-            dbias.to(ctx.bias_dtype) if needs[2] else None,
-            dresidual if needs[3] else None,
-            *[None] * 4,
-        )
+        general = gradients(grads[0], saved, needs[0], ctx.kernels, ctx.call)
+        return *general.of_inputs(needs, weight, ctx.bias_dtype), None, None, None, None
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _native
-from syncbn.differentiable import Saved, gradients
+from syncbn.differentiable import Saved, gradients, masks
 from syncbn.kernels import ReferenceKernels
 from syncbn.kernels.native import Parameters, is_plain, laid_out_as, source
 from syncbn.moments import COUNT_LIMIT, PackedMoments
@@ -57,10 +57,7 @@ class NativeSyncBatchNorm(torch.autograd.Function):
             *shape_and_threads,
             *(pointer, pointer + 8 * call.channels, *parameters.pointers(), relu),
         )
-        masks = None, None
-        if relu:
-            masks = (bias, None) if residual is None else (None, y)
-        ctx.save_for_backward(x, weight, *masks, mean_invstd)
+        ctx.save_for_backward(x, weight, *masks(bias, residual, y, relu), mean_invstd)
         ctx.count, ctx.relu, ctx.call = statistics.count, relu, call
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -74,14 +71,8 @@ class NativeSyncBatchNorm(torch.autograd.Function):
             count = torch.tensor(ctx.count, dtype=torch.float64)
             mean, invstd = mean_invstd.chunk(2)
             saved = Saved(x, weight, bias, y, count, mean, invstd, ctx.relu)
-            dx, dweight, dbias, dresidual = gradients(dy, saved, needs[0], ReferenceKernels(), call)
-            return (
-                dx,
-                dweight.to(weight.dtype) if needs[1] else None,
-                dbias.to(ctx.bias_dtype) if needs[2] else None,
-                dresidual if needs[3] else None,
-                *[None] * 3,
-            )
+            general = gradients(dy, saved, needs[0], ReferenceKernels(), call)
+            return *general.of_inputs(needs, weight, ctx.bias_dtype), None, None, None
         library = _native.library
         assert library is not None  # as in forward
         if y is not None:

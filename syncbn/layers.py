@@ -127,9 +127,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if fits and self.training:
             return self._train(input, residual, self.fuses_relu)
         output = self._train(input, None, False) if self.training else self._evaluate(input)
-        if residual is not None:
-            output = output + residual
-        return functional.relu(output) if self.fuses_relu else output
+        return _separately(output, residual, self.fuses_relu)
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         _refuse_join()
@@ -261,10 +259,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the normalised input, plus the residual, with the ReLU that the layer had."""
-        output = super().forward(input)
-        if residual is not None:
-            output = output + residual
-        return functional.relu(output) if self.fuses_relu else output
+        return _separately(super().forward(input), residual, self.fuses_relu)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -284,6 +279,13 @@ def adopt(layer: SyncBatchNorm, shift: Tensor | None = None) -> None:
     if shift is not None:
         memory.shift = shift
     layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class; torch types attributes as tensors or modules
+
+
+def _separately(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Return a normalised input plus the residual, with the ReLU, by operations of their own."""
+    if residual is not None:
+        output = output + residual
+    return functional.relu(output) if relu else output
 
 
 def check_reducer(reducer: str | None) -> None:

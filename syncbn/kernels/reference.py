@@ -103,21 +103,19 @@ class ReferenceKernels:
         values.mul_(_per_channel(-scale * slope, x)).add_(_per_channel(offset, x))
         return values.addcmul_(dy.to(values.dtype), _per_channel(scale, x)).to(x.dtype)
 
-    @torch.no_grad()
-    def _closed(
+    def _gated(
         self,
+        dy: Tensor,
         x: Tensor,
         mean: Tensor,
         invstd: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return where the ReLU after the normalisation lets nothing through; NaN passes."""
-        return self.normalize(x, mean, invstd, weight, bias) <= 0
-
-    def _gated(self, dy: Tensor, *of: Tensor | None) -> Tensor:
         """Return dy as it is before the ReLU: a function of dy alone, since steps have no slope."""
-        return dy.masked_fill(self._closed(*of), 0)  # pyright: ignore[reportArgumentType] -- the arguments of _closed, which says what may be None
+        with torch.no_grad():
+            closed = self.normalize(x, mean, invstd, weight, bias) <= 0  # so that NaN passes
+        return dy.masked_fill(closed, 0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
