@@ -1,11 +1,10 @@
-"""What may be configured: the schemas of conf/, how they are composed, and readable errors."""
+"""From a command line to a checked configuration: composition by Hydra, and readable errors."""
 
 import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -13,182 +12,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import ValidationError as PydanticError
-from pydantic.dataclasses import dataclass
 from yaml import YAMLError
 
 import syncbn
 from syncbn.errors import ConfigError
-
-# The schemas are not frozen: OmegaConf makes frozen ones read-only and refuses every override.
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Device(Enum):
-    """Where replicas compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class WandbMode(Enum):
-    """Whether wandb writes to disk alone or to its server."""
-
-    offline = "offline"
-    online = "online"
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """A data set: see conf/data."""
-
-    name: str
-    batch_size: PositiveInt
-
-
-@dataclass(kw_only=True)
-class DigitsConfig(DataConfig):
-    """conf/data/digits.yaml."""
-
-    name: str = "digits"
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """An architecture of `syncbn.models`; the other fields are its arguments: see conf/model."""
-
-    name: str
-
-
-@dataclass(kw_only=True)
-class CnnConfig(ModelConfig):
-    """conf/model/cnn.yaml."""
-
-    name: str = "cnn"
-    width: PositiveInt
-
-
-@dataclass(kw_only=True)
-class NormConfig:
-    """A normalization: see conf/norm."""
-
-    name: str
-
-
-@dataclass(kw_only=True)
-class NoNormConfig(NormConfig):
-    """conf/norm/none.yaml."""
-
-    name: str = "none"
-
-
-@dataclass(kw_only=True)
-class LocalNormConfig(NormConfig):
-    """conf/norm/local.yaml."""
-
-    name: str = "local"
-    eps: PositiveFloat
-    momentum: Annotated[float, Field(gt=0, le=1)]
-
-
-@dataclass(kw_only=True)
-class SyncNormConfig(LocalNormConfig):
-    """conf/norm/sync.yaml."""
-
-    name: str = "sync"
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """An optimizer and its schedule: see conf/optim."""
-
-    name: str
-    lr: PositiveFloat
-    warmup_steps: NonNegativeInt
-    weight_decay: NonNegativeFloat
-
-
-@dataclass(kw_only=True)
-class SgdConfig(OptimConfig):
-    """conf/optim/sgd.yaml."""
-
-    name: str = "sgd"
-    momentum: BelowOne
-
-
-@dataclass(kw_only=True)
-class AdamWConfig(OptimConfig):
-    """conf/optim/adamw.yaml."""
-
-    name: str = "adamw"
-
-
-@dataclass(kw_only=True)
-class LaunchConfig:
-    """Which processes train: see conf/launch."""
-
-    name: str = "local"
-    nproc: PositiveInt
-    device: Device
-    timeout_s: PositiveFloat
-
-
-@dataclass(kw_only=True)
-class TrackConfig:
-    """Who is told about the run: see conf/track."""
-
-    name: str
-
-
-@dataclass(kw_only=True)
-class NoTrackConfig(TrackConfig):
-    """conf/track/none.yaml."""
-
-    name: str = "none"
-
-
-@dataclass(kw_only=True)
-class WandbConfig(TrackConfig):
-    """conf/track/wandb.yaml."""
-
-    name: str = "wandb"
-    project: Annotated[str, Field(min_length=1)]
-    mode: WandbMode
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """A whole job: see conf/config.yaml."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
-    seed: NonNegativeInt
-    epochs: PositiveInt
-    max_steps: PositiveInt | None
-    run_root: str
-    run_dir: str | None
-    data: DataConfig
-    model: ModelConfig
-    norm: NormConfig
-    optim: OptimConfig
-    launch: LaunchConfig
-    track: TrackConfig
-
-
-_CHOICES: Mapping[str, tuple[type[Any], ...]] = {
-    "data": (DigitsConfig,),
-    "model": (CnnConfig,),
-    "norm": (SyncNormConfig, LocalNormConfig, NoNormConfig),
-    "optim": (SgdConfig, AdamWConfig),
-    "launch": (LaunchConfig,),
-    "track": (WandbConfig, NoTrackConfig),
-}
-
-
-def _schemas(group: str) -> dict[str, type[Any]]:
-    """Return the schemas of a group by the name that each has as its default."""
-    return {schema.name: schema for schema in _CHOICES[group]}
+from syncbn.train.catalog import optimizer_names, torchvision_names
+from syncbn.train.schema import (
+    CHOICES,
+    SECTIONS,
+    TorchOptimConfig,
+    TorchvisionConfig,
+    TrainConfig,
+    schemas,
+)
 
 
 def config_dir() -> Path:
@@ -202,8 +39,8 @@ def register_schemas() -> None:
     """Make the schemas known to Hydra, so that it refuses what they do not allow."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    for group in _CHOICES:
-        for name, schema in _schemas(group).items():
+    for group in CHOICES:
+        for name, schema in schemas(group).items():
             store.store(group=f"schema/{group}", name=name, node=schema)
 
 
@@ -238,16 +75,32 @@ def to_config(composed: DictConfig) -> TrainConfig:
         values = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
         assert isinstance(values, DictConfig)
         typed = OmegaConf.structured(TrainConfig)
-        for group in _CHOICES:
-            name, schemas = values[group].name, _schemas(group)
-            if name not in schemas:
-                raise ConfigError(f"{group}.name={name}: choose one of {', '.join(schemas)}")
-            typed[group] = OmegaConf.structured(schemas[name])
+        for group in CHOICES:
+            name, known = values[group].name, schemas(group)
+            if name not in known:
+                raise ConfigError(f"{group}.name={name}: choose one of {', '.join(known)}")
+            typed[group] = OmegaConf.structured(known[name])
         config = OmegaConf.to_object(OmegaConf.merge(typed, values))
     except (OmegaConfBaseException, PydanticError) as error:
         raise explain(error) from error
     assert isinstance(config, TrainConfig)
+    _check_names(config)
     return config
+
+
+def _check_names(config: TrainConfig) -> None:
+    """Raise where torch or torchvision has nothing of a configured name."""
+    if isinstance(config.model, TorchvisionConfig):
+        _check_name("model.architecture", config.model.architecture, torchvision_names())
+    if isinstance(config.optim, TorchOptimConfig):
+        _check_name("optim.optimizer", config.optim.optimizer, optimizer_names())
+
+
+def _check_name(key: str, name: str, valid: Sequence[str]) -> None:
+    if name not in valid:
+        close = difflib.get_close_matches(name, valid, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ConfigError(f"{key}={name}: {hint}choose one of {', '.join(valid)}")
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -289,10 +142,9 @@ def config_sha256(config: TrainConfig) -> str:
 def explain(error: Exception) -> ConfigError:
     """Return an error of Hydra, OmegaConf or pydantic as one message that says what to type."""
     if isinstance(error, PydanticError):
-        schema = error.title
-        group = next(
-            (g for g, all_ in _CHOICES.items() if schema in (s.__name__ for s in all_)), ""
-        )
+        parts = {**CHOICES, **SECTIONS}
+        names = {schema.__name__: part for part, all_ in parts.items() for schema in all_}
+        group = names.get(error.title, "")
         return ConfigError(
             "; ".join(
                 f"{'.'.join(filter(None, [group, *map(str, item['loc'])]))}={item['input']}: "
@@ -306,6 +158,8 @@ def explain(error: Exception) -> ConfigError:
     if cause is None:  # Hydra's own words, less where it looked
         return ConfigError(str(error).split("\nConfig search path")[0].strip())
     reason = (cause.msg or str(cause)).split("\n")[0]
+    if "missing mandatory" in reason:
+        return ConfigError(f"{cause.full_key} has no default; say {cause.full_key}=…")
     parent = cause.parent_node
     unknown = isinstance(cause, ConfigKeyError | ConfigAttributeError)
     if unknown and isinstance(parent, DictConfig):

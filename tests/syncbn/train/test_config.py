@@ -1,9 +1,14 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from syncbn.errors import ConfigError
-from syncbn.train.config import (
+from syncbn.train.catalog import optimizer_names, torchvision_names
+from syncbn.train.config import compose_config, config_dir, config_sha256, from_yaml, to_yaml
+from syncbn.train.schema import (
     AdamWConfig,
     LocalNormConfig,
     NoNormConfig,
@@ -11,11 +16,6 @@ from syncbn.train.config import (
     SgdConfig,
     SyncNormConfig,
     WandbConfig,
-    compose_config,
-    config_dir,
-    config_sha256,
-    from_yaml,
-    to_yaml,
 )
 
 CHOICES = {
@@ -46,9 +46,63 @@ def test_every_choice_composes_and_survives_yaml(override: str, schema: type) ->
     assert from_yaml(to_yaml(config)) == config
 
 
+# What has no default, because only the user knows it.
+NEEDED = {
+    "data/folder": ["data.path=somewhere"],
+    "data/custom": ["data.factory=package.module:function"],
+    "model/custom": ["model.factory=package.module:function"],
+}
+
+
 def test_every_file_in_conf_has_a_schema() -> None:
     for file in config_dir().glob("*/*.yaml"):
-        compose_config([f"{file.parent.name}={file.stem}"])
+        group, choice = file.parent.name, file.stem
+        added = "+" if group == "experiment" else ""
+        needed = NEEDED.get(f"{group}/{choice}", [])
+        compose_config([f"{added}{group}={choice}", *needed])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=folder"], r"^data.path has no default; say data.path=…$"),
+        (
+            ["model=torchvision", "model.architecture=resnet19"],
+            r"^model.architecture=resnet19: did you mean resnet18 .*choose one of alexnet, .*vit_",
+        ),
+        (
+            ["optim=torch", "optim.optimizer=Adm"],
+            r"^optim.optimizer=Adm: did you mean Adam .*choose one of ASGD, .*RMSprop",
+        ),
+        (["model=custom", "model.factory=os.system"], r"^model.factory=os.system: string should"),
+        (["data=synthetic", "data.classes=0"], r"^data.classes=0: input should be greater"),
+        (["checkpoint.keep=0"], r"^checkpoint.keep=0: input should be greater"),
+        (["numerics.precision=int8"], r"numerics.precision: Invalid value 'int8', expected one of"),
+    ],
+)
+def test_wrong_choice_is_refused_with_what_is_valid(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose_config(overrides)
+
+
+def test_names_come_from_the_installed_torch_and_torchvision() -> None:
+    import torchvision
+
+    assert list(torchvision_names()) == torchvision.models.list_models(module=torchvision.models)
+    for name in optimizer_names():
+        assert issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
+    assert {"SGD", "AdamW", "RMSprop"} < set(optimizer_names())
+
+
+def test_wrong_configuration_is_known_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from syncbn.train import launch; sys.argv = ['x', 'optim.lrr=1'];"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules)); launch.main()"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "False\n")
+    assert "unknown key 'optim.lrr'" in result.stderr
 
 
 def test_hash_tells_configurations_apart() -> None:
@@ -70,7 +124,7 @@ def test_hash_tells_configurations_apart() -> None:
         ("optim.momentum=1", r"optim.momentum=1.0: input should be less than 1"),
         ("epochs=0", r"epochs=0: input should be greater than 0"),
         ("epochs=null", r"epochs: .*not Optional"),
-        ("data.batch_size=???", r"data.batch_size: .*missing mandatory value"),
+        ("data.batch_size=???", r"data.batch_size has no default; say data.batch_size=…"),
         ("track.mode=shared", r"track.mode: Invalid value 'shared', expected one of \[offline, on"),
         (
             "launch.device=tpu",

@@ -1,0 +1,48 @@
+"""What torch and torchvision offer by name, read from their sources instead of importing them.
+
+Importing takes seconds, and a misspelt name should be answered at once.
+"""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+# They need a closure, or gradients that are sparse.
+_OTHER_LOOPS = {"LBFGS", "SparseAdam"}
+
+
+def torchvision_names() -> tuple[str, ...]:
+    """Return the names of torchvision's image classifiers."""
+    names = {
+        node.name
+        for file in (_directory("torchvision") / "models").glob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and _is_registered(node)
+    }
+    return tuple(sorted(names))
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Return the names of torch's optimizers that a plain step can use."""
+    tree = ast.parse((_directory("torch") / "optim" / "__init__.py").read_text(encoding="utf-8"))
+    (names,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    classes = {name for name in names if name[0].isupper()}
+    return tuple(sorted(classes - {"Optimizer"} - _OTHER_LOOPS))
+
+
+def _is_registered(function: ast.FunctionDef) -> bool:
+    return any(
+        isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register_model"
+        for decorator in function.decorator_list
+    )
+
+
+def _directory(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
