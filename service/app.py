@@ -36,7 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     chosen = settings or Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
     if chosen.threads > 0:
         torch.set_num_threads(chosen.threads)
-    registry = load_registry(chosen.models)
+    registry = load_registry(chosen.models, allow_imports=chosen.allow_imports)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -31,8 +31,13 @@ class Registry:
         return self._bundles[name]
 
 
-def load_registry(directory: Path) -> Registry:
+def load_registry(directory: Path, *, allow_imports: bool = False) -> Registry:
     """Load a bundle, or all bundles directly below a directory.
+
+    Args:
+        directory: the bundle, or what holds them.
+        allow_imports: whether to run the code that a bundle's architecture names, as for
+            `syncbn.bundle.read_bundle`.
 
     Raises:
         BundleError: the directory is neither, one of its bundles is not valid, or two of them
@@ -45,7 +50,7 @@ def load_registry(directory: Path) -> Registry:
     children = [directory] if is_bundle(directory) else sorted(visible)
     bundles: dict[str, Bundle] = {}
     for child in filter(is_bundle, children):
-        bundle = read_bundle(child)
+        bundle = read_bundle(child, allow_imports=allow_imports)
         name = bundle.manifest.name
         if name in bundles:
             raise BundleError(f"two bundles in {directory} are called {name!r}; remove one")

@@ -18,6 +18,7 @@ class Settings(BaseSettings):
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
+        cli_implicit_flags=True,
         extra="forbid",
     )
 
@@ -33,4 +34,9 @@ class Settings(BaseSettings):
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="threads of one prediction; 0: as torch chooses"
+    )
+    allow_imports: bool = Field(
+        default=False,
+        description="load bundles whose architecture is an import path, which runs the code that "
+        "they name: only for bundles from those whom you trust",
     )

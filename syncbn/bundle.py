@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.errors import BundleError, ModelError
-from syncbn.models import build_model
+from syncbn.models import ARCHITECTURES, build_model, build_without_memory
 
 MANIFEST_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,6 +31,7 @@ Size = Annotated[int, Field(ge=0, lt=2**31)]
 # What stays finite in float32.
 Number = Annotated[FiniteFloat, Field(ge=-3e38, le=3e38)]
 PositiveNumber = Annotated[FiniteFloat, Field(ge=1e-37, le=3e38)]
+Value = Size | Number | bool | str
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -41,7 +43,7 @@ class Architecture(_Part):
     """Which model to build: a name and arguments of `syncbn.models.build_model`."""
 
     name: str
-    arguments: dict[str, Size | Number | bool | str]
+    arguments: Mapping[str, Value | Annotated[list[Value], Field(max_length=1024)]]
 
 
 class InputSpec(_Part):
@@ -134,13 +136,16 @@ class Bundle:
             return self.model(self.manifest.preprocessing.apply(x)).softmax(1)
 
 
-def write_bundle(path: Path, description: Description, model: nn.Module) -> Manifest:
+def write_bundle(
+    path: Path, description: Description, model: nn.Module, *, allow_imports: bool = False
+) -> Manifest:
     """Write a model's bundle as the directory `path`: it appears whole, or not at all.
 
     Args:
         path: must not exist yet; its parent is made where it is missing.
         description: what to say about the model.
         model: its state dict is stored; it must fit `description.architecture`.
+        allow_imports: whether the architecture may be an import path, as for `read_bundle`.
 
     Raises:
         BundleError: `path` exists, the model does not fit its description or holds values that are
@@ -148,8 +153,14 @@ def write_bundle(path: Path, description: Description, model: nn.Module) -> Mani
     """
     if path.exists():
         raise BundleError(f"{path} exists; remove it, or write the bundle elsewhere")
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    _build(description, state)
+    state: dict[str, Tensor] = {}
+    values: dict[str, object] = model.state_dict()
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise BundleError(f"the model's state {key!r} is no tensor")
+        # A copy, since parameters may share memory and the file's tensors must not.
+        state[key] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    _check(description, state, allow_imports)
     content = safetensors.torch.save(state)
     manifest = Manifest(
         **description.model_dump(),
@@ -178,15 +189,21 @@ def write_bundle(path: Path, description: Description, model: nn.Module) -> Mani
     return manifest
 
 
-def read_bundle(path: Path) -> Bundle:
-    """Read and verify a bundle; executes no code from it.
+def read_bundle(path: Path, *, allow_imports: bool = False) -> Bundle:
+    """Read and verify a bundle; executes no code that it holds, and none that it names by default.
+
+    Args:
+        path: the bundle's directory.
+        allow_imports: whether to import and run the factory that the bundle names, where its
+            architecture is an import path. Allow it only for bundles from those whom you trust.
 
     Raises:
         BundleError: a file is missing or cannot be read; the manifest is not valid JSON, has an
             unknown, missing or mistyped field, or another format version; the weights' size or
-            SHA-256 differs, or they are not safetensors; the architecture is unknown; a tensor is
-            missing, superfluous, of another shape or dtype, or not finite; the model does not
-            turn an input of the declared shape into one logit per class.
+            SHA-256 differs, or they are not safetensors; the architecture is unknown, not allowed,
+            or cannot be built without memory; a tensor is missing, superfluous, of another shape
+            or dtype, or not finite; the model does not turn an input of the declared shape into
+            one logit per class.
     """
     manifest = _read_manifest(path)
     content = _read_file(path / WEIGHTS_FILE, manifest.weights.size_bytes)
@@ -206,7 +223,7 @@ def read_bundle(path: Path) -> Bundle:
     except safetensors.SafetensorError as error:
         raise BundleError(f"{path / WEIGHTS_FILE} is not a safetensors file: {error}") from error
     try:
-        return Bundle(manifest, _build(manifest, state))
+        return Bundle(manifest, _build(manifest, state, allow_imports))
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
 
@@ -252,18 +269,36 @@ def _write_durably(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _build(description: Description, state: dict[str, Tensor]) -> nn.Module:
-    """Return the described model holding a state dict, in evaluation mode, after checking the fit.
-
-    The model is built without memory first, so that absurd arguments cost nothing.
-    """
+def _build(description: Description, state: dict[str, Tensor], allow_imports: bool) -> nn.Module:
+    """Return the described model holding a state dict, in evaluation mode, after checking both."""
+    model = _check(description, state, allow_imports)
+    architecture = description.architecture
     try:
-        with torch.device("meta"):
-            model = build_model(description.architecture.name, description.architecture.arguments)
+        if architecture.name not in ARCHITECTURES:
+            # Others may keep tensors outside the state dict, which nothing would fill. The values
+            # that they start with are drawn without moving the caller's random numbers on.
+            with torch.random.fork_rng(devices=[]):
+                model = build_model(
+                    architecture.name, architecture.arguments, allow_imports=allow_imports
+                )
+        filled = model.state_dict()
+        filled.update(state)  # and keeps the versions by which modules tell an older layout
+        model.load_state_dict(filled, assign=True)
+    except (ModelError, RuntimeError) as error:
+        raise BundleError(f"the model cannot be built for real: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _check(description: Description, state: dict[str, Tensor], allow_imports: bool) -> nn.Module:
+    """Return the described model without memory, after checking a state dict and an input with it.
+
+    Without memory, so that absurd arguments cost nothing.
+    """
+    name, arguments = description.architecture.name, description.architecture.arguments
+    try:
+        model = build_without_memory(name, arguments, allow_imports=allow_imports)
     except ModelError as error:
         raise BundleError(str(error)) from error
-    except (RuntimeError, TypeError) as error:  # what torch makes of a size beyond memory
-        raise BundleError(f"the architecture's arguments are too large: {error}") from error
     expected: dict[str, Any] = model.state_dict()
     for problem, keys in (
         ("misses", expected.keys() - state.keys()),
@@ -283,18 +318,21 @@ def _build(description: Description, state: dict[str, Tensor]) -> nn.Module:
         if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
             raise BundleError(f"tensor {key!r} holds negative values")
     try:
-        shape = tuple(model.eval()(torch.empty(1, *description.input.shape, device="meta")).shape)
-    except (RuntimeError, TypeError, ValueError) as error:
+        with torch.device("meta"):  # what a forward makes for itself
+            output: object = model.eval()(torch.empty(1, *description.input.shape))
+    except Exception as error:  # whatever a forward makes of it
         raise BundleError(
-            f"the model refuses an input of shape {(1, *description.input.shape)}: {error}"
+            f"the model refuses an input of shape {(1, *description.input.shape)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    if shape != (1, len(description.classes)):
+    if not isinstance(output, Tensor):
+        raise BundleError(f"the model returns a {type(output).__name__}, not a tensor of logits")
+    if output.shape != (1, len(description.classes)):
         raise BundleError(
-            f"the model turns one sample into shape {shape}, not into one logit for each of "
-            f"{len(description.classes)} classes"
+            f"the model turns one sample into shape {tuple(output.shape)}, not into one logit for "
+            f"each of {len(description.classes)} classes"
         )
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False)
+    return model
 
 
 __all__ = [

@@ -1,9 +1,13 @@
+import json
 from pathlib import Path
 
 import pytest
+from pydantic_settings import CliApp
 
+from service.app import create_app
 from service.errors import ModelNotFoundError
 from service.registry import load_registry
+from service.settings import Settings
 from syncbn.errors import BundleError
 from tests.service.conftest import write_small_bundle
 
@@ -44,3 +48,19 @@ def test_damaged_bundle_is_refused_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "a" / "model.safetensors").write_bytes(b"")
     with pytest.raises(BundleError, match=r"a/model.safetensors has 0 bytes"):
         load_registry(tmp_path)
+
+
+def test_code_that_a_bundle_names_is_run_only_where_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_small_bundle(tmp_path / "a", "alpha")
+    manifest = json.loads((tmp_path / "a" / "bundle.json").read_text())
+    manifest["architecture"]["name"] = "users_of_registry:net"
+    (tmp_path / "a" / "bundle.json").write_text(json.dumps(manifest))
+    (tmp_path / "users_of_registry.py").write_text("from syncbn.models import cnn as net")
+    monkeypatch.syspath_prepend(tmp_path)
+    command_line = ["--models", str(tmp_path)]
+    with pytest.raises(BundleError, match=r"import path, which is refused .* \(--allow-imports\)"):
+        create_app(CliApp.run(Settings, command_line))
+    create_app(CliApp.run(Settings, [*command_line, "--allow-imports"]))
+    assert load_registry(tmp_path, allow_imports=True).names() == ["alpha"]
