@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx2
 
 from syncbn.train.data import digits
+from syncbn.train.images import TensorImages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REQUIRED_ACCURACY = 0.97
@@ -86,7 +87,9 @@ def wait_until_ready(server: "subprocess.Popen[bytes]", log: Path) -> str:
 def query(url: str) -> tuple[float, float]:
     """Print a table of predictions; return the accuracy as served, and as training measured it."""
     dataset = digits()
-    samples, labels = dataset.test.tensors
+    test = dataset.test
+    assert isinstance(test, TensorImages)
+    samples, labels = test.samples, test.labels
     correct = 0
     with httpx2.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
         model = client.get("/v2/models").raise_for_status().json()["models"][0]

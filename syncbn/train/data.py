@@ -1,16 +1,30 @@
 """Data sets by name: raw samples in a fixed split, and what a bundle has to say about them."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
+from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
 from syncbn.errors import ConfigError
+from syncbn.train.images import TensorImages, read_cifar, read_folder, read_idx
+from syncbn.train.sampling import Samples
+from syncbn.train.schema import (
+    AugmentedConfig,
+    CustomDataConfig,
+    DataConfig,
+    FolderConfig,
+    SyntheticConfig,
+)
+
+FASHION_CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 
 
 @dataclass(frozen=True)
@@ -18,18 +32,27 @@ class Dataset:
     """Raw samples with their labels, split into training and test data.
 
     Attributes:
-        train: pairs of a sample, shape `input.shape`, and a label, int64.
-        test: likewise; no training sample is among them.
+        train: what is random about a sample of it depends on seed, epoch and index alone.
+        test: likewise samples of shape `input.shape`; no training sample is among them.
         classes: the name of each label.
         input: what one sample looks like.
         preprocessing: what turns samples into a model's input, from the training data alone.
     """
 
-    train: TensorDataset
-    test: TensorDataset
+    train: Samples
+    test: Samples
     classes: tuple[str, ...]
     input: InputSpec
     preprocessing: Preprocessing
+
+
+def load_dataset(config: DataConfig, seed: int) -> Dataset:
+    """Return the configured data set; reads local files, and never the network.
+
+    Raises:
+        ConfigError: its files are missing or damaged, or the user's own function fails.
+    """
+    return DATASETS[config.name](config, seed)
 
 
 def digits() -> Dataset:
@@ -37,7 +60,11 @@ def digits() -> Dataset:
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
     """
-    pixels, labels = sklearn_digits(return_X_y=True)
+    # They take a second, and other data sets need neither.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
     split = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
     train_x, test_x = (
         torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in split[:2]
@@ -45,10 +72,10 @@ def digits() -> Dataset:
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
     scale = 1 / 16
     return Dataset(
-        train=TensorDataset(train_x, train_y),
-        test=TensorDataset(test_x, test_y),
+        train=TensorImages(train_x, train_y),
+        test=TensorImages(test_x, test_y),
         classes=tuple(str(digit) for digit in range(10)),
-        input=InputSpec(name="image", shape=(1, 8, 8), dtype="float32"),
+        input=_input(train_x),
         preprocessing=Preprocessing(
             scale=scale,
             mean=(train_x.mul(scale).mean().item(),),
@@ -57,36 +84,136 @@ def digits() -> Dataset:
     )
 
 
-DATASETS: Mapping[str, Callable[[], Dataset]] = {"digits": digits}
+def _digits(config: DataConfig, seed: int) -> Dataset:
+    return digits()
 
 
-def training_batches(
-    dataset: Dataset, batch_size: int, rank: int, world_size: int, seed: int
-) -> DataLoader[tuple[torch.Tensor, ...]]:
-    """Return one replica's share of the training data, in an order that depends on seed and epoch.
+def _cifar10(config: DataConfig, seed: int) -> Dataset:
+    """Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009)."""
+    assert isinstance(config, AugmentedConfig)
+    train, test, classes = read_cifar(config.path)
+    return _of_bytes(config, seed, train, test, classes)
 
-    Over all replicas, step k of an epoch sees the samples k·B to (k + 1)·B of one permutation, with
-    B = batch_size·world_size, however B is split; what is left at the end is dropped. Call
-    `set_epoch` of its sampler before each epoch.
 
-    Raises:
-        ConfigError: the training data does not fill one step; on every replica alike.
-    """
-    if len(dataset.train) < batch_size * world_size:
-        raise ConfigError(
-            f"data.batch_size={batch_size} on {world_size} replicas needs "
-            f"{batch_size * world_size} samples a step, but there are only {len(dataset.train)} "
-            "training samples; lower it"
-        )
-    sampler = DistributedSampler(
-        dataset.train, num_replicas=world_size, rank=rank, seed=seed, drop_last=True
+def _mnist(config: DataConfig, seed: int) -> Dataset:
+    """Source: LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning …" (1998)."""
+    assert isinstance(config, AugmentedConfig)
+    how = (
+        "train-images-idx3-ubyte.gz and the three others of "
+        "https://github.com/cvdfoundation/mnist, or another mirror"
     )
-    return DataLoader(dataset.train, batch_size, sampler=sampler, drop_last=True)
+    train, test = read_idx(config.path, how)
+    return _of_bytes(config, seed, train, test, tuple(str(digit) for digit in range(10)))
 
 
-def held_out_share(
-    dataset: Dataset, rank: int, world_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return one replica's samples and labels of the test data; the shares of all make it up."""
-    samples, labels = dataset.test.tensors
-    return samples[rank::world_size], labels[rank::world_size]
+def _fashion_mnist(config: DataConfig, seed: int) -> Dataset:
+    """Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST" (2017)."""
+    assert isinstance(config, AugmentedConfig)
+    how = (
+        "Debian's package dataset-fashion-mnist, or the four files of "
+        "https://github.com/zalandoresearch/fashion-mnist"
+    )
+    train, test = read_idx(config.path, how)
+    return _of_bytes(config, seed, train, test, FASHION_CLASSES)
+
+
+def _folder(config: DataConfig, seed: int) -> Dataset:
+    assert isinstance(config, FolderConfig)
+    train, test, classes = read_folder(config, seed)
+    return Dataset(
+        train=train,
+        test=test,
+        classes=classes,
+        input=InputSpec(name="image", shape=(3, config.size, config.size), dtype="float32"),
+        # ImageNet's, as for torchvision's own classifiers: reading all images first takes long.
+        preprocessing=Preprocessing(
+            scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
+    )
+
+
+def _synthetic(config: DataConfig, seed: int) -> Dataset:
+    """Return noise around one pattern a class."""
+    assert isinstance(config, SyntheticConfig)
+    chance = np.random.default_rng(0)
+    shape = (config.channels, config.size, config.size)
+    patterns = chance.normal(128, 24, (config.classes, *shape))
+
+    def split(count: int) -> TensorImages:
+        labels = np.arange(count) % config.classes
+        images = patterns[labels] + chance.normal(0, 48, (count, *shape))
+        return TensorImages(
+            torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
+        )
+
+    train, test = split(config.samples), split(config.test_samples)
+    return Dataset(
+        train=train,
+        test=test,
+        classes=tuple(str(number) for number in range(config.classes)),
+        input=_input(train.samples),
+        preprocessing=_standardising(train.samples),
+    )
+
+
+def _custom(config: DataConfig, seed: int) -> Dataset:
+    assert isinstance(config, CustomDataConfig)
+    module, _, name = config.factory.partition(":")
+    try:
+        dataset: Any = getattr(importlib.import_module(module), name)(**config.arguments)
+    except Exception as error:  # whatever somebody else's code raises
+        raise ConfigError(
+            f"data.factory={config.factory} failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            f"data.factory={config.factory} returned a {type(dataset).__name__}; it must return a "
+            "syncbn.train.data.Dataset"
+        )
+    return dataset
+
+
+DATASETS: Mapping[str, Callable[[DataConfig, int], Dataset]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "mnist": _mnist,
+    "fashion_mnist": _fashion_mnist,
+    "folder": _folder,
+    "synthetic": _synthetic,
+    "custom": _custom,
+}
+
+
+def _of_bytes(
+    config: AugmentedConfig,
+    seed: int,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: tuple[str, ...],
+) -> Dataset:
+    return Dataset(
+        train=TensorImages(*train, seed, config.crop_padding, config.flip),
+        test=TensorImages(*test),
+        classes=classes,
+        input=_input(train[0]),
+        preprocessing=_standardising(train[0]),
+    )
+
+
+def _input(samples: Tensor) -> InputSpec:
+    return InputSpec(name="image", shape=tuple(samples.shape[1:]), dtype="float32")
+
+
+def _standardising(images: Tensor) -> Preprocessing:
+    """Return what gives each channel of uint8 images mean 0 and deviation 1; from histograms."""
+    means: list[float] = []
+    deviations: list[float] = []
+    for channel in images.unbind(1):
+        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = (counts @ values / counts.sum()).item()
+        means.append(mean)
+        deviations.append((counts @ (values - mean) ** 2 / counts.sum()).sqrt().item())
+    return Preprocessing(
+        scale=1 / 255, mean=tuple(means), std=tuple(max(each, 1e-6) for each in deviations)
+    )

@@ -4,37 +4,48 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 import hydra
-import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from syncbn.errors import ConfigError, SyncBNError, TrainingError
-from syncbn.train import worker
+from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.config import config_dir, explain, register_schemas, to_config
-from syncbn.train.run_directory import RunDirectory, open_run_directory
+from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
+from syncbn.train.schema import LaunchConfig
+from syncbn.train.sweep import be_sweep_job, is_abandoned, is_sweep, sweep
 
-_STOP_TIMEOUT_S = 30
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
+# What the agent needs, when told to stop, beyond what the ranks may take.
+_AGENT_TIMEOUT_S = 15
 
 
 def main() -> None:
     """Train as the command line says; under torchrun, be one rank of it.
 
     Raises:
-        SystemExit: with code 2 where the configuration is wrong, 1 where training failed.
+        SystemExit: with code 2 where the configuration is wrong, 1 where training failed, and 128 +
+            the signal's number where a signal stopped it.
     """
-    if dist.is_torchelastic_launched():
-        worker.train_from_overrides(sys.argv[1:])
+    if "TORCHELASTIC_RUN_ID" in os.environ and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        from syncbn.train.worker import train_from_overrides  # brings torch, which takes seconds
+
+        train_from_overrides(sys.argv[1:])
     register_schemas()
     # Otherwise Hydra prints errors in its own words and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     decorate = hydra.main(str(config_dir()), "config", version_base="1.3")
     try:
+        if is_sweep(sys.argv):
+            raise SystemExit(sweep(sys.argv, decorate(_train)))
         decorate(_train)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error), 2)
@@ -44,53 +55,102 @@ def main() -> None:
         _fail(error, 1)
 
 
-def launch(run: RunDirectory, nproc: int) -> None:
+def launch(run: RunDirectory, launch: LaunchConfig) -> Result:
     """Start the ranks of a prepared run with torch's elastic launcher, and wait for them.
 
+    Returns:
+        How the run ended, which is in its directory too.
+
     Raises:
-        TrainingError: a rank failed.
+        SystemExit: with code 128 + the number, where a signal told this process to stop, after the
+            ranks wrote their state.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={nproc}", "-m", "syncbn.train.worker", str(run.path)]
-    # As torchrun would choose, but sharing all cores, and without its warning.
-    threads = max(1, (os.cpu_count() or 1) // nproc)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    previous = {number: signal.signal(number, _exit_on_signal) for number in _STOP_SIGNALS}
-    ranks = subprocess.Popen(command, env=environment)
-    try:
-        code = ranks.wait()
-    finally:  # Ctrl-C, or one of the signals: the ranks must not outlive this process
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if ranks.poll() is None:
-            _stop(ranks)
-    if code != 0:
-        raise TrainingError(
-            f"training ended with exit code {code}; the reason is above and in {run.log_file}"
+    command = [sys.executable, "-m", "syncbn.train.agent", str(run.path)]
+    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // launch.nproc)), **os.environ}
+    if launch.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(launch.threads)
+    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on once.
+    with told_to_stop() as told:
+        agent = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
         )
+        try:
+            code = _wait(agent, told, launch.stop_timeout_s + _AGENT_TIMEOUT_S)
+        finally:
+            _kill(agent)
+    result = run.read_result()
+    if result is None or (code != 0 and result.status == "finished"):
+        error = f"the ranks ended with exit code {code} and left no word"
+        result = Result("failed", error, {}, 0)
+        run.write_result(result)
+    if told:
+        raise SystemExit(128 + told[0])
+    return result
 
 
-def _train(composed: DictConfig) -> float:
-    """Run one job and return its test accuracy, which a sweep may optimise."""
+def _train(composed: DictConfig) -> float | None:
+    """Run one job and return its validation error, which a sweep may minimise."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return be_sweep_job(composed, launch)
     config = to_config(composed)
     run = open_run_directory(config)
-    launch(run, config.launch.nproc)
-    return run.read_metrics()[-1]["test_accuracy"]
+    result = launch(run, config.launch)
+    if result.status == "interrupted":
+        raise SystemExit(128 + result.signal)
+    if result.status == "failed":  # of which the ranks have spoken
+        _fail(f"training failed; {run.log_file} has the details", 1)
+    return 1 - result.metrics["test_accuracy"]
 
 
-def _stop(ranks: subprocess.Popen[bytes]) -> None:
-    ranks.terminate()
+@contextmanager
+def told_to_stop() -> Generator[list[int]]:
+    """Collect the signals to stop instead of ending by them, where that is possible."""
+    told: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # signals are for the main thread, whoever that is; our end closes the pipe
+        return
+    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
     try:
-        ranks.wait(_STOP_TIMEOUT_S)
+        yield told
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(agent: "subprocess.Popen[bytes]", told: list[int], stop_timeout_s: float) -> int:
+    """Return the agent's exit code; once told to stop, tell it, and wait a limited time."""
+    while not told:
+        try:
+            return agent.wait(0.1)
+        except subprocess.TimeoutExpired:
+            if is_abandoned():
+                told.append(signal.SIGTERM)
+    agent.terminate()
+    try:
+        return agent.wait(stop_timeout_s)
     except subprocess.TimeoutExpired:
-        ranks.kill()
-        ranks.wait()
+        return 1
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+def _kill(agent: "subprocess.Popen[bytes]") -> None:
+    """Make sure that nothing is left of the agent and its ranks."""
+    assert agent.stdin is not None
+    with suppress(ProcessLookupError):
+        os.killpg(agent.pid, signal.SIGKILL)
+    agent.wait()
+    agent.stdin.close()
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _fail(error: object, code: int) -> NoReturn:
     print(f"syncbn-train: {error}", file=sys.stderr)
     raise SystemExit(code)

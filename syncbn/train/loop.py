@@ -1,251 +1,498 @@
 """The training loop: what every rank does between joining the process group and leaving it."""
 
-import dataclasses
 import logging
 import math
+import signal
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from syncbn.bundle import Architecture, Description, write_bundle
-from syncbn.convert import convert_sync_batchnorm
-from syncbn.errors import TrainingError
-from syncbn.models import build_model
-from syncbn.train.checkpoint import Checkpoint, share_checkpoint, write_checkpoint
-from syncbn.train.config import LocalNormConfig, SyncNormConfig, TrainConfig, config_sha256
-from syncbn.train.data import DATASETS, Dataset, held_out_share, training_batches
-from syncbn.train.optim import make_optimizer, make_schedule
-from syncbn.train.run_directory import RunDirectory
-from syncbn.train.tracking import NoTracker, start_tracker
+from syncbn.collectives import select_reducer
+from syncbn.errors import SyncBNError, TrainingError
+from syncbn.train.checkpoint import Checkpoint, CheckpointWriter, Position, read_newest
+from syncbn.train.data import load_dataset
+from syncbn.train.export import export
+from syncbn.train.run_directory import Result, RunDirectory
+from syncbn.train.sampling import TrainingShare, held_out_batches, make_loader
+from syncbn.train.schema import SyncNormConfig, TrainConfig
+from syncbn.train.state import (
+    Training,
+    generator_states,
+    prepare,
+    restore_generators,
+    seed_generators,
+)
+from syncbn.train.tracking import NoTracker, Tracker, start_tracker
+from syncbn.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Training:
-    """What is trained, on one rank: the model, its replica under DDP, and what moves it."""
-
-    config: TrainConfig
-    device: torch.device
-    dataset: Dataset
-    batches: DataLoader[tuple[Tensor, ...]]
-    total_steps: int
-    architecture: Architecture
-    model: nn.Module
-    replica: DistributedDataParallel
-    optimizer: Optimizer
-    schedule: LRScheduler
-
-    def checkpoint(self, epoch: int, step: int, metrics: dict[str, float]) -> Checkpoint:
-        """Return the present state."""
-        return Checkpoint(
-            epoch,
-            step,
-            metrics,
-            self.model.state_dict(),
-            self.optimizer.state_dict(),
-            self.schedule.state_dict(),
-        )
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Return to a former state."""
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.schedule.load_state_dict(checkpoint.schedule)
+T = TypeVar("T")
+Batch = tuple[Tensor, Tensor]
+_TEST_BATCH_SIZE = 64
 
 
-def train(config: TrainConfig, run: RunDirectory | None, device: torch.device) -> dict[str, float]:
+def train(
+    config: TrainConfig, run: RunDirectory | None, device: torch.device, watch: Watch
+) -> Result:
     """Train the configured model over all ranks of the default process group.
 
-    After each epoch rank 0 writes metrics and a checkpoint, from which a run that was killed goes
-    on; after the last, the bundle.
+    Communicates each step, besides DDP and the layers: one all-reduce of 4 float64, by which all
+    ranks know the loss, and whether to go on.
 
     Args:
         config: the job, the same on every rank.
         run: where rank 0 writes; None on the other ranks.
         device: where this rank computes.
+        watch: hears what this rank does, and of signals.
 
     Returns:
-        The metrics of the last epoch, the same on every rank but for the rate: epoch, step, lr,
-        train_loss and test_loss (nats a sample), test_accuracy (0 to 1), images_per_s (over all
-        ranks).
+        How it ended: finished or interrupted, on every rank.
 
     Raises:
-        ConfigError: the data cannot fill a step, on every rank.
-        TrainingError: a loss is not finite any more, or a checkpoint cannot be read, on every
+        ConfigError: the data or the model cannot be had as configured, on every rank.
+        TrainingError: a loss is not finite any more, or a file cannot be written or read, on every
             rank.
     """
-    training = _prepare(config, device)
-    total_steps = training.total_steps
-    epoch, step, metrics = 0, 0, dict[str, float]()
-    checkpoint = share_checkpoint(None if run is None else run.checkpoint_file)
-    if checkpoint is not None:
-        epoch, step, metrics = checkpoint.epoch, checkpoint.step, checkpoint.metrics
-        training.restore(checkpoint)
-        log.info("resuming after epoch %d, step %d", epoch, step)
-    if run is not None:
-        run.forget_metrics_after(epoch)
+    return _Loop(config, run, device, watch).train()
 
-    tracker = NoTracker() if run is None else start_tracker(config, run.path)
-    silent = run is None or not sys.stderr.isatty()
-    with (
-        tqdm(total=total_steps, initial=step, unit="step", disable=silent) as progress,
-        logging_redirect_tqdm([logging.getLogger("syncbn")] if not silent else []),
-    ):
-        while step < total_steps:
-            steps = min(len(training.batches), total_steps - step)
-            metrics = _train_epoch(training, epoch, steps, progress)
-            epoch, step = epoch + 1, step + steps
-            metrics = {"epoch": epoch, "step": step} | metrics
-            for loss in ("train_loss", "test_loss"):
-                if not math.isfinite(metrics[loss]):
-                    raise TrainingError(
-                        f"{loss} is {metrics[loss]} after epoch {epoch}; "
-                        f"try a lower optim.lr than {config.optim.lr}"
-                    )
-            if run is not None:
-                run.append_metrics(metrics)
-                write_checkpoint(run.checkpoint_file, training.checkpoint(epoch, step, metrics))
-            tracker.log(step, metrics)
+
+class _Loop:
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory | None, device: torch.device, watch: Watch
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.watch = watch
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dataset = together(lambda: load_dataset(config.data, config.seed))
+        self.control = select_reducer(None, torch.device("cpu"))
+        self.share = TrainingShare(
+            len(self.dataset.train), config.data.batch_size, self.rank, self.world_size, config.seed
+        )
+        pinned = device.type == "cuda"
+        self.loader = make_loader(self.dataset.train, self.share, config.data.workers, pinned)
+        held_out = held_out_batches(
+            len(self.dataset.test), _TEST_BATCH_SIZE, self.rank, self.world_size
+        )
+        self.test_loader = make_loader(self.dataset.test, held_out, config.data.workers, pinned)
+        self.steps_per_epoch = self._steps_from(0)
+        self.total_steps = self._capped(config.epochs * self.steps_per_epoch)
+        watch.at(0, "making the model")
+        self.training: Training = together(
+            lambda: prepare(config, self.dataset, device, self.total_steps, self.steps_per_epoch)
+        )
+        self.position = Position()
+        self.metrics: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.sums = [0.0, 0.0, 0.0]
+        self.failure: str | None = None
+        self.writer = (
+            None if run is None else CheckpointWriter(run.checkpoints_dir, config.checkpoint.keep)
+        )
+        # The buffers and generators before a step, to which a step that goes wrong returns.
+        self.kept = [buffer.clone() for buffer in self.training.model.buffers()]
+        self.kept_generators: dict[str, Any] = {}
+
+    def train(self) -> Result:
+        started = time.monotonic()
+        self._resume()
+        tracker = NoTracker() if self.run is None else start_tracker(self.config, self.run)
+        images = len(self.dataset.train)
+        silent = self.run is None or not sys.stderr.isatty()
+        with (
+            tqdm(
+                total=round(images * self.total_steps / self.steps_per_epoch),
+                initial=self.position.epoch * images + self.position.samples,
+                unit=" images",
+                disable=silent,
+                dynamic_ncols=True,
+                smoothing=0.1,
+            ) as progress,
+            logging_redirect_tqdm([logging.getLogger("syncbn")] if not silent else []),
+        ):
+            while self.position.step < self.total_steps:
+                stopped = self._train_epoch(tracker, progress)
+                if stopped:
+                    self._checkpoint(is_best=False)
+                    self._finish_writing()
+                    tracker.finish(None)
+                    name = signal.Signals(stopped).name
+                    error = f"stopped by {name} after step {self.position.step}"
+                    log.info("%s; the same command with this run_dir goes on", error)
+                    duration_s = time.monotonic() - started
+                    return Result("interrupted", error, self.best, duration_s, stopped)
+                self._end_epoch(tracker)
+        self._finish_writing()
+        self.watch.at(self.position.step, "exporting")
+        metrics = export(
+            self.training, self.run, self.dataset, self.share, self.best, self._evaluate
+        )
+        tracker.finish(None if self.run is None else self.run.bundle_dir)
+        return Result("finished", None, metrics, time.monotonic() - started)
+
+    def _resume(self) -> None:
+        """Go to where the newest checkpoint was taken, if there is one."""
+        found: list[Checkpoint | None] = [None]
+
+        def read() -> None:
+            if self.run is not None:
+                found[0] = read_newest(self.run.checkpoints_dir)
+
+        together(read)
+        dist.broadcast_object_list(found, src=0)
+        checkpoint = found[0]
+        if checkpoint is not None:
+            self.position = checkpoint.position
+            self.metrics, self.best = checkpoint.metrics, checkpoint.best
+            self.sums = checkpoint.sums
+            if checkpoint.world_size == self.world_size:
+                self.training.restore(checkpoint)
+                restore_generators(checkpoint.generators[self.rank])
+            else:
+                self._restore_elsewhere(checkpoint)
             log.info(
-                "epoch %2d/%d  train loss %.4f  test loss %.4f  accuracy %.2f %%  %.0f images/s",
-                epoch,
-                config.epochs,
-                metrics["train_loss"],
-                metrics["test_loss"],
-                100 * metrics["test_accuracy"],
-                metrics["images_per_s"],
+                "resuming in epoch %d after step %d", self.position.epoch + 1, self.position.step
             )
-    tracker.finish()
-    if run is not None:
-        _export(training, run, metrics)
-    return metrics
+        if self.run is not None:
+            self.run.forget_after(self.position.step)
 
+    def _restore_elsewhere(self, checkpoint: Checkpoint) -> None:
+        """Go on with another number of ranks, at the same share of the run and of its schedule."""
+        left = self._steps_from(self.position.samples)
+        whole = self.config.epochs - self.position.epoch - 1
+        self.total_steps = self._capped(
+            self.position.step + left + max(0, whole) * self.steps_per_epoch
+        )
+        done = self.position.epoch * self.steps_per_epoch + self.steps_per_epoch - left
+        self.training.restore(checkpoint, min(done, self.total_steps))
+        seed_generators(self.config.seed, self.position)
+        log.warning(
+            "%d ranks go on with what %d have trained: each epoch still sees every sample once, "
+            "and the learning rate is the one for this share of the run, but batches have another "
+            "size, random numbers within the model are others, and sums round otherwise",
+            self.world_size,
+            checkpoint.world_size,
+        )
 
-def evaluate(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[float, float]:
-    """Return the mean loss (nats) and the accuracy (0 to 1) on the test data, over all ranks.
+    def _train_epoch(self, tracker: Tracker, progress: "tqdm[Any]") -> int:
+        """Do the rest of an epoch; return the number of the signal that stopped it, or 0."""
+        epoch, samples = self.position.epoch, self.position.samples
+        self.share.set_position(epoch, samples)
+        self.training.replica.train()
+        self.epoch_started = time.monotonic()
+        self.epoch_images = 0
+        logged_at, logged_images = time.monotonic(), 0
+        batches = iter(self.loader)
+        number = 0
+        while self.position.step < self.total_steps and samples < len(self.dataset.train):
+            step = self.position.step
+            self.watch.at(step, "loading data")
+            micro = _next(batches, self.config.optim.accumulate)
+            total = sum(self.share.total(number + k) for k in range(len(micro)))
+            number += len(micro)
+            rate = float(self.training.schedule.get_last_lr()[0])
+            loss, accuracy, stop = self._step(micro, total)
+            samples += total
+            self.position = Position(epoch, samples, step + 1)
+            self.epoch_images += total
+            progress.update(total)
+            progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+            if self.position.step % self.config.log_every_steps == 0:
+                now = time.monotonic()
+                images_per_s = (self.epoch_images - logged_images) / (now - logged_at)
+                logged_at, logged_images = now, self.epoch_images
+                self._write_step(tracker, rate, loss, accuracy, images_per_s)
+            at_end = samples == len(self.dataset.train)
+            every = self.config.checkpoint.every_steps
+            if stop:
+                return stop
+            if every and self.position.step % every == 0 and not at_end:
+                self._checkpoint(is_best=False)
+        return 0
 
-    Collective: one broadcast a buffer from rank 0, whose running statistics are the ones that will
-    be served, and one all-reduce of 3 float64. Leaves the model in evaluation mode.
-    """
-    for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
-    model.eval()
-    samples, labels = held_out_share(dataset, dist.get_rank(), dist.get_world_size())
-    labels = labels.to(device)
-    with torch.inference_mode():
-        logits: Tensor = model(dataset.preprocessing.apply(samples.to(device)))
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
-    count = torch.full_like(correct, len(labels))
-    sums = torch.stack([loss.double(), correct.double(), count.double()])
-    dist.all_reduce(sums)
-    loss_sum, correct_sum, total = sums.tolist()
-    return loss_sum / total, correct_sum / total
-
-
-def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture:
-    """Return the name and the arguments with which `build_model` makes the configured model."""
-    arguments: dict[str, Any] = dataclasses.asdict(config.model)
-    name = arguments.pop("name")
-    arguments |= {"in_channels": dataset.input.shape[0], "num_classes": len(dataset.classes)}
-    if isinstance(config.norm, LocalNormConfig):  # synchronised too; serving needs no more
-        arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
-    else:
-        arguments |= {"norm": "none"}
-    return Architecture(name=name, arguments=arguments)
-
-
-def _prepare(config: TrainConfig, device: torch.device) -> _Training:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    dataset = DATASETS[config.data.name]()
-    batches = training_batches(dataset, config.data.batch_size, rank, world_size, config.seed)
-    total_steps = config.epochs * len(batches)
-    if config.max_steps is not None:
-        total_steps = min(total_steps, config.max_steps)
-    architecture = describe_architecture(config, dataset)
-    torch.manual_seed(config.seed)
-    model = build_model(architecture.name, architecture.arguments)
-    if isinstance(config.norm, SyncNormConfig):
-        model = convert_sync_batchnorm(model)
-    model.to(device)
-    replica = DistributedDataParallel(model)
-    optimizer = make_optimizer(replica.parameters(), config.optim)
-    schedule = make_schedule(optimizer, config.optim, total_steps)
-    return _Training(
-        config,
-        device,
-        dataset,
-        batches,
-        total_steps,
-        architecture,
-        model,
-        replica,
-        optimizer,
-        schedule,
-    )
-
-
-def _train_epoch(
-    training: _Training, epoch: int, steps: int, progress: "tqdm[Any]"
-) -> dict[str, float]:
-    """Do the first steps of an epoch, evaluate, and return what was measured, over all ranks."""
-    dataset, device = training.dataset, training.device
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    # All that is random in an epoch depends on these alone, so that a resumed epoch repeats itself.
-    entropy = (training.config.seed, epoch, rank)
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-    assert isinstance(training.batches.sampler, DistributedSampler)
-    training.batches.sampler.set_epoch(epoch)
-
-    training.replica.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    started = time.perf_counter()
-    for _, (samples, labels) in zip(range(steps), training.batches, strict=False):
-        inputs = dataset.preprocessing.apply(samples.to(device))
-        loss = functional.cross_entropy(training.replica(inputs), labels.to(device))
-        training.optimizer.zero_grad()
-        loss.backward()
-        training.optimizer.step()
+    def _step(self, micro: list[Batch], total: int) -> tuple[float, float, int]:
+        """Do one optimizer step; return its mean loss, its accuracy, and a signal to stop, or 0."""
+        training, config, step = self.training, self.config, self.position.step
+        for kept, buffer in zip(self.kept, training.model.buffers(), strict=True):
+            kept.copy_(buffer)
+        self.kept_generators = generator_states()
+        training.optimizer.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=training.device)
+        correct = torch.zeros((), dtype=torch.int64, device=training.device)
+        self.watch.at(step, "in forward and backward")
+        for number, (samples, labels) in enumerate(micro):
+            with self._mode_for(samples), self._no_sync_unless(number == len(micro) - 1):
+                inputs = self._inputs(samples)
+                targets = labels.to(training.device, non_blocking=True)
+                with training.autocast():
+                    logits: Tensor = training.replica(inputs)
+                # The sum, as shares may differ in size; DDP then takes the mean over ranks.
+                loss = functional.cross_entropy(
+                    logits.float() if logits.dtype != torch.float64 else logits,
+                    targets,
+                    reduction="sum",
+                    label_smoothing=config.optim.label_smoothing,
+                )
+                training.scaler.scale(loss * (self.world_size / total)).backward()
+            loss_sum += loss.detach()
+            correct += (logits.detach().argmax(1) == targets).sum()
+        self.watch.at(step, "waiting for the other ranks")
+        mine = [loss_sum.item(), correct.item(), self.watch.stop_signal, self.failure is not None]
+        sums = self.control.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        if sums[3]:
+            self._raise_failure()
+        if not math.isfinite(sums[0]):
+            self._give_up(mine[0], sums[0] / total)
+        if config.optim.clip_norm is not None:
+            training.scaler.unscale_(training.optimizer)
+            clip_grad_norm_(training.replica.parameters(), config.optim.clip_norm)
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
         training.schedule.step()
-        loss_sum += loss.detach()
-        progress.update()
-    dist.all_reduce(loss_sum)
-    train_loss = loss_sum.item() / (steps * world_size)
-    elapsed_s = time.perf_counter() - started
-    test_loss, test_accuracy = evaluate(training.model, dataset, device)
-    return {
-        "lr": float(training.schedule.get_last_lr()[0]),
-        "train_loss": train_loss,
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "images_per_s": steps * training.config.data.batch_size * world_size / elapsed_s,
-    }
+        if training.average is not None:
+            training.average.update_parameters(training.model)
+        self.sums = [self.sums[0] + sums[0], self.sums[1] + sums[1], self.sums[2] + total]
+        stop = 0
+        if sums[2]:  # at least one rank was told to; all take the highest signal's number
+            stop = int(_maximum(self.watch.stop_signal))
+        return sums[0] / total, sums[1] / total, stop
+
+    def _mode_for(self, samples: Tensor) -> "_Evaluating | nullcontext[None]":
+        """Return the mode for a share: one without samples must leave its own statistics alone."""
+        if len(samples) == 0 and not isinstance(self.config.norm, SyncNormConfig):
+            return _Evaluating(self.training.replica)
+        return nullcontext()
+
+    def _no_sync_unless(self, last: bool) -> Any:
+        return nullcontext() if last else self.training.replica.no_sync()
+
+    def _inputs(self, samples: Tensor) -> Tensor:
+        moved = samples.to(self.training.device, non_blocking=True)
+        return self.training.placed(self.dataset.preprocessing.apply(moved))
+
+    def _end_epoch(self, tracker: Tracker) -> None:
+        """Evaluate, write the epoch's metrics and state, and go to the next."""
+        rate = float(self.training.schedule.get_last_lr()[0])
+        elapsed_s = time.monotonic() - self.epoch_started
+        loss, correct, count = self.sums
+        epoch = self.position.epoch + 1
+        metrics: dict[str, float] = {"epoch": epoch, "step": self.position.step, "lr": rate}
+        metrics |= {"train_loss": loss / count, "train_accuracy": correct / count}
+        metrics |= self._evaluate(self.training.model)
+        if self.training.average is not None:
+            averaged = self._evaluate(self.training.exported)
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        metrics["images_per_s"] = self.epoch_images / max(elapsed_s, 1e-9)
+        if not math.isfinite(metrics["test_loss"]):
+            raise TrainingError(
+                f"the test loss is {metrics['test_loss']} after epoch {epoch}, step "
+                f"{self.position.step}; try a lower optim.lr than {self.config.optim.lr:g}, or "
+                "optim.clip_norm=1"
+            )
+        self.metrics = metrics
+        is_best = _quality(metrics) > _quality(self.best)
+        if is_best:
+            self.best = metrics
+        self.sums = [0.0, 0.0, 0.0]
+        self.position = Position(epoch, 0, self.position.step)
+        self._attempt(lambda run: run.append_metrics(metrics))
+        self._checkpoint(is_best)
+        tracker.log(self.position.step, metrics)
+        shown = self.config.epochs
+        log.info(
+            "epoch %*d/%d  train loss %.4f  test loss %.4f  accuracy %.2f %%  %.0f images/s%s",
+            len(str(shown)),
+            epoch,
+            shown,
+            metrics["train_loss"],
+            metrics["test_loss"],
+            100 * metrics["test_accuracy"],
+            metrics["images_per_s"],
+            "  (best)" if is_best else "",
+        )
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Return a model's mean loss (nats) and accuracy (0 to 1) on the test data, of all ranks.
+
+        Collective: one all-reduce of 3 float64, and where layers are not synchronised one broadcast
+        a buffer from rank 0, whose running statistics are the ones that will be served.
+        """
+        if not isinstance(self.config.norm, SyncNormConfig):
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.inference_mode():
+            for samples, labels in self.test_loader:
+                self.watch.at(self.position.step, "evaluating")
+                with self.training.autocast():
+                    logits: Tensor = model(self._inputs(samples)).float()
+                targets = labels.to(logits.device)
+                loss = functional.cross_entropy(logits, targets, reduction="sum").item()
+                right = (logits.argmax(1) == targets).sum().item()
+                sums += torch.tensor([loss, right, len(labels)], dtype=torch.float64)
+        model.train(was_training)
+        self.watch.at(self.position.step, "waiting for the other ranks")
+        loss_sum, right_sum, total = self.control.sum(sums).tolist()
+        return {"test_loss": loss_sum / total, "test_accuracy": right_sum / total}
+
+    def _write_step(
+        self, tracker: Tracker, rate: float, loss: float, accuracy: float, images_per_s: float
+    ) -> None:
+        values = {
+            "step": self.position.step,
+            "epoch": self.position.epoch + self.position.samples / len(self.dataset.train),
+            "lr": rate,
+            "loss": loss,
+            "accuracy": accuracy,
+            "images_per_s": images_per_s,
+        }
+        self._attempt(lambda run: run.append_step(values))
+        tracker.log(self.position.step, values)
+
+    def _checkpoint(self, is_best: bool) -> None:
+        """Write the present state, in the background; collective: gathers the generators."""
+        self.watch.at(self.position.step, "waiting for the other ranks")
+        states: list[Any] | None = None if self.run is None else [None] * self.world_size
+        dist.gather_object(generator_states(), states)
+        if self.writer is None or states is None:
+            return
+        self.watch.at(self.position.step, "writing a checkpoint")
+        checkpoint = Checkpoint(
+            self.position,
+            self.world_size,
+            self.metrics,
+            self.best,
+            self.sums,
+            self.training.state_dicts(),
+            states,
+        )
+        try:
+            self.writer.write(checkpoint, is_best)
+        except TrainingError as error:
+            self.failure = self.failure or str(error)
+
+    def _finish_writing(self) -> None:
+        """Wait until all is written; raise on every rank where it cannot be."""
+        if self.writer is not None:
+            try:
+                self.writer.wait()
+            except TrainingError as error:
+                self.failure = self.failure or str(error)
+        self._raise_failure()
+
+    def _attempt(self, write: Callable[[RunDirectory], None]) -> None:
+        """Write on rank 0; a failure is told to all ranks with the next step."""
+        if self.run is None:
+            return
+        try:
+            write(self.run)
+        except OSError as error:
+            self.failure = self.failure or f"cannot write to {self.run.path}: {error.strerror}"
+
+    def _raise_failure(self) -> None:
+        """Raise rank 0's failure on every rank, if there is one."""
+        failure = [self.failure]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise TrainingError(failure[0])
+
+    def _give_up(self, own_sum: float, loss: float) -> None:
+        """Write the state before a step whose loss is not finite, and raise what is known of it."""
+        training, position = self.training, self.position
+        own: list[Any] = [None] * self.world_size
+        dist.all_gather_object(own, math.isfinite(own_sum))
+        where = [rank for rank, finite in enumerate(own) if not finite] or "only all ranks together"
+        for kept, buffer in zip(self.kept, training.model.buffers(), strict=True):
+            buffer.copy_(kept)
+        restore_generators(self.kept_generators)
+        state = [*training.model.parameters(), *training.model.buffers()]
+        good = all(bool(tensor.isfinite().all()) for tensor in state)
+        if good:
+            self._checkpoint(is_best=False)
+            self._finish_writing()
+        kept_state = (
+            f"the state before this step is in checkpoints/step-{position.step:09d}.ckpt"
+            if good
+            else "the weights were not finite before it, so only older checkpoints are good"
+        )
+        total = len(self.dataset.train)
+        rate = training.schedule.get_last_lr()[0]
+        raise TrainingError(
+            f"the training loss is {loss} at step {position.step + 1} (epoch "
+            f"{position.epoch + 1}, after {position.samples} of {total} samples, learning rate "
+            f"{rate:g}, ranks {where}); {kept_state}; try a lower optim.lr than "
+            f"{self.config.optim.lr:g}, or optim.clip_norm=1"
+        )
+
+    def _steps_from(self, samples: int) -> int:
+        """Return the optimizer steps from a position in an epoch to its end."""
+        per_step = self.config.data.batch_size * self.world_size * self.config.optim.accumulate
+        return math.ceil((len(self.dataset.train) - samples) / per_step)
+
+    def _capped(self, steps: int) -> int:
+        limit = self.config.max_steps
+        return steps if limit is None else min(steps, limit)
 
 
-def _export(training: _Training, run: RunDirectory, metrics: dict[str, float]) -> None:
-    description = Description(
-        name=training.config.name,
-        architecture=training.architecture,
-        input=training.dataset.input,
-        preprocessing=training.dataset.preprocessing,
-        classes=training.dataset.classes,
-        metrics=metrics,
-        config_sha256=config_sha256(training.config),
-    )
-    write_bundle(run.bundle_dir, description, training.model)
-    log.info("bundle written to %s", run.bundle_dir)
+class _Evaluating:
+    """A context in which a module is in evaluation mode."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._module.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self._module.train()
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do something on every rank, and raise the first rank's error of ours on all of them.
+
+    Collective: one all-gather of the errors' texts.
+    """
+    value: Any = None
+    error: SyncBNError | None = None
+    try:
+        value = work()
+    except SyncBNError as raised:
+        error = raised
+    errors: list[SyncBNError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for each in errors:
+        if each is not None:
+            raise each
+    return value
+
+
+def _next(batches: Iterator[Batch], count: int) -> list[Batch]:
+    """Return the next batches, fewer where an epoch ends."""
+    return [batch for _, batch in zip(range(count), batches, strict=False)]
+
+
+def _quality(metrics: dict[str, float]) -> tuple[float, float]:
+    """Return what the best epoch has the most of: accuracy, and then a low loss."""
+    prefix = "ema_" if "ema_test_loss" in metrics else ""
+    if not metrics:
+        return -math.inf, -math.inf
+    return metrics[f"{prefix}test_accuracy"], -metrics[f"{prefix}test_loss"]
+
+
+def _maximum(value: float) -> float:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return max(values)

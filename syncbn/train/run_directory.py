@@ -1,21 +1,46 @@
-"""The directory of one run: its resolved config, metrics, log, checkpoint and bundle.
+"""The directory of one run: its resolved config, metrics, log, checkpoints, result and bundle.
 
-Only rank 0 writes here.
+Only rank 0 writes here, and whoever started it before and after it.
 """
 
 import dataclasses
 import json
+import os
 import secrets
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from syncbn.errors import ConfigError
-from syncbn.train.config import TrainConfig, differences, from_yaml, to_yaml
+from syncbn.train.config import differences, from_yaml, to_yaml
+from syncbn.train.schema import TrainConfig
+
+# A predecessor that was told to end may hold the lock for a moment.
+_LOCK_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt at a run ended.
+
+    Attributes:
+        status: "finished", "failed" or "interrupted".
+        error: why, in words; None where it finished.
+        metrics: those of the best epoch; empty where there is none.
+        duration_s: seconds that this attempt took.
+        signal: the number of the signal that interrupted it, or 0.
+    """
+
+    status: str
+    error: str | None
+    metrics: dict[str, float]
+    duration_s: float
+    signal: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,14 +60,24 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def steps_file(self) -> Path:
+        """One JSON object a line, every few optimizer steps."""
+        return self.path / "steps.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        """How the last attempt ended; not there while one is under way."""
+        return self.path / "result.json"
+
+    @property
     def log_file(self) -> Path:
         """What rank 0 logged."""
         return self.path / "run.log"
 
     @property
-    def checkpoint_file(self) -> Path:
-        """The state after the last whole epoch."""
-        return self.path / "checkpoint.pt"
+    def checkpoints_dir(self) -> Path:
+        """The newest states, and the best."""
+        return self.path / "checkpoints"
 
     @property
     def bundle_dir(self) -> Path:
@@ -69,7 +104,7 @@ class RunDirectory:
         """
         held = FileLock(self.path / ".lock")
         try:
-            held.acquire(blocking=False)
+            held.acquire(timeout=_LOCK_TIMEOUT_S)
         except Timeout:
             raise ConfigError(
                 f"another job is training in {self.path}; wait for its end, or choose another "
@@ -80,63 +115,129 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the metrics of the epochs so far, oldest first."""
-        if not self.metrics_file.exists():
-            return []
-        # The last line may have been cut short by a kill, and then says nothing.
-        lines = self.metrics_file.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return _read_lines(self.metrics_file)
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add one epoch's metrics, in one write that reaches the file before it returns."""
-        with self.metrics_file.open("a") as stream:
-            stream.write(json.dumps(metrics) + "\n")
+        _append_line(self.metrics_file, metrics)
 
-    def forget_metrics_after(self, epoch: int) -> None:
-        """Drop the metrics of later epochs, which a resumed run will produce again."""
-        kept = [line for line in self.read_metrics() if line["epoch"] <= epoch]
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.metrics_file)
+    def append_step(self, metrics: Mapping[str, float]) -> None:
+        """Add what was measured at one step, likewise."""
+        _append_line(self.steps_file, metrics)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps, which a resumed run will produce again."""
+        for file in (self.metrics_file, self.steps_file):
+            kept = [line for line in _read_lines(file) if line["step"] <= step]
+            _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def read_result(self) -> Result | None:
+        """Return how the last attempt ended, or None where none has ended in an orderly way."""
+        try:
+            return Result(**json.loads(self.result_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write_result(self, result: Result) -> None:
+        """Say how an attempt ended; a reader sees all of it or nothing."""
+        _replace(self.result_file, json.dumps(dataclasses.asdict(result)) + "\n")
+
+    def tracker_id(self) -> str:
+        """Return the name under which trackers know this run, the same for each attempt at it."""
+        file = self.path / "tracker_id"
+        if not file.exists():
+            _replace(file, secrets.token_hex(8))
+        return file.read_text()
 
 
-def open_run_directory(config: TrainConfig) -> RunDirectory:
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    # The last line may have been cut short by a kill, and then says nothing.
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def _append_line(file: Path, values: Mapping[str, float]) -> None:
+    with file.open("a") as stream:
+        stream.write(json.dumps(values) + "\n")
+
+
+def _replace(file: Path, content: str) -> None:
+    """Write a file that appears whole or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("w") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_run_directory(config: TrainConfig, started_by: str | None = None) -> RunDirectory:
     """Make the directory of a new run and write its config, or open that of a run to resume.
 
     A directory named by `config.run_dir` that exists is resumed if it belongs to the same job and
     did not finish. Without that name, a new one is made below `config.run_root`: no two runs get
     the same, however many start at once.
 
+    Args:
+        config: the job.
+        started_by: who starts it. A second call for the same starter, which is a restart, opens
+            the directory of the first.
+
     Raises:
         ConfigError: the directory belongs to another job, or its run has finished, or it cannot be
             made.
     """
-    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    fresh = (
-        Path(config.run_root) / f"{stamp}-{config.name}-{config.norm.name}-{secrets.token_hex(3)}"
-    )
-    run = RunDirectory(Path(config.run_dir or fresh).resolve())
+    path = Path(config.run_dir or _restarted(config, started_by) or _fresh_name(config))
+    run = RunDirectory(path.resolve())
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         if run.path.exists():
             _check_resumable(run, config)
+            run.result_file.unlink(missing_ok=True)
         else:
             run.path.mkdir()
-            run.config_file.write_text(to_yaml(config))
+        _replace(run.config_file, to_yaml(config))
+        if started_by is not None:
+            _replace(run.path / _STARTER, started_by)
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {run.path}: {error.strerror}") from error
     return run
 
 
+_STARTER = ".started_by"
+
+
+def _restarted(config: TrainConfig, started_by: str | None) -> Path | None:
+    for file in Path(config.run_root).glob(f"*/{_STARTER}"):
+        if file.read_text() == started_by:
+            return file.parent
+    return None
+
+
+def _fresh_name(config: TrainConfig) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    name = f"{stamp}-{config.name}-{config.norm.name}-{secrets.token_hex(3)}"
+    return Path(config.run_root) / name
+
+
 def _check_resumable(run: RunDirectory, config: TrainConfig) -> None:
     if not run.config_file.is_file():
+        if not any(run.path.iterdir()):
+            return
         raise ConfigError(
             f"run_dir={run.path} exists and is not a run directory; choose one that does not exist"
         )
-    if run.bundle_dir.exists():
+    result = run.read_result()
+    if result is not None and result.status == "finished":
         raise ConfigError(f"run_dir={run.path} holds a finished run; choose another directory")
-    # Where the directory lies is no part of the job: it may be named in several ways, or moved.
-    same_place = {"run_dir": config.run_dir, "run_root": config.run_root}
-    theirs = dataclasses.replace(run.read_config(), **same_place)
+    # Where the directory lies, who trains and who is told are no part of the job.
+    same = {key: getattr(config, key) for key in ("run_dir", "run_root", "sweep_dir")}
+    same |= {"launch": config.launch, "track": config.track}
+    theirs = dataclasses.replace(run.read_config(), **same)
     if theirs != config:
         differing = differences(config, theirs) or differences(theirs, config)
         raise ConfigError(

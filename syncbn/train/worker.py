@@ -1,27 +1,36 @@
-"""One rank of a job, as torchrun starts it: agree on the job, join the process group, train."""
+"""One rank of a job: agree on the job with the others, join the process group, train."""
 
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] -- documented
+from torch.distributed import (
+    Store,  # pyright: ignore[reportPrivateImportUsage] -- documented
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] -- documented
+)
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from syncbn.errors import ConfigError, SyncBNError, TrainingError
-from syncbn.train.config import Device, TrainConfig, compose_config, from_yaml, to_yaml
+from syncbn.errors import ConfigError, ReplicaError, SyncBNError, TrainingError
+from syncbn.train.config import compose_config, from_yaml, to_yaml
 from syncbn.train.loop import train
-from syncbn.train.run_directory import RunDirectory, open_run_directory
+from syncbn.train.rendezvous import agree, prefixed
+from syncbn.train.report import summarise
+from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
+from syncbn.train.schema import Device, TrainConfig
+from syncbn.train.watch import Watch
 
-log = logging.getLogger("syncbn.train.worker")  # __name__ is __main__ in a launched rank
+log = logging.getLogger(__name__)
 
 _AGREEMENT_TIMEOUT = timedelta(seconds=120)
 
@@ -33,16 +42,17 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
 
     Rank 0 composes the configuration and makes the run directory, for all.
 
-    Does not return: the process ends with exit code 0, 1 where training failed, or 2 where the
-    configuration is wrong, on every rank, after rank 0 said why.
+    Does not return: the process ends with the exit code of the job, the same on every rank, after
+    rank 0 said why.
     """
 
     def prepare() -> Job:
         if flags := [argument for argument in overrides if argument.startswith("-")]:
+            rest = [argument for argument in overrides if not argument.startswith("-")]
             raise ConfigError(
                 f"{' '.join(flags)} is not available under torchrun, which would do it on every "
-                "rank; run `syncbn-train` with the same arguments without torchrun, and it starts "
-                "the ranks itself"
+                f"rank; type `{' '.join(['syncbn-train', *flags, *rest])}`, which starts the "
+                "ranks itself"
             )
         config = compose_config(overrides)
         nproc = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -53,16 +63,30 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
                 "leave launch.nproc out"
             )
         config.launch.nproc = nproc
-        return config, open_run_directory(config)
+        return config, open_run_directory(config, _torchrun())
 
-    _leave(_work(prepare))
+    _leave(record(_work)(prepare) or 0)
 
 
-@record
-def main() -> None:
-    """Be one rank of a job that `syncbn.train.launch` started: worker.py RUN_DIR."""
-    run = RunDirectory(Path(sys.argv[1]))
-    _leave(_work(lambda: (run.read_config(), run)))
+def be_launched_rank(run_dir: str) -> int:
+    """Be one rank of a job that `syncbn.train.agent` started, and return its exit code."""
+    run = RunDirectory(Path(run_dir))
+    parent = os.getppid()
+    code = _work(lambda: (run.read_config(), run))
+    if os.getppid() != parent:  # torch would wait for the agent, for ever
+        _leave(code)
+    logging.shutdown()
+    return code
+
+
+def _torchrun() -> str:
+    """Return what tells the torchrun that started this rank from any other, ever.
+
+    A torchrun runs one job, and starts its ranks again after a failure: with the same job.
+    """
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    since = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return f"{platform.node()} {os.getppid()} {since} {os.environ['TORCHELASTIC_RUN_ID']}"
 
 
 def _leave(code: int) -> NoReturn:
@@ -91,54 +115,98 @@ def _work(prepare: Callable[[], Job]) -> int:
 
 
 def _work_locked(prepare: Callable[[], Job]) -> int:
-    store, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
+    shared, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
     try:
-        config, run = _agree(store, rank, world_size, prepare)
+        text, prefix = agree(
+            shared, rank, world_size, partial(_told, prepare), _AGREEMENT_TIMEOUT.total_seconds()
+        )
+        told = json.loads(text)
+        if "error" in told:
+            raise ConfigError(told["error"])
+        config, run = from_yaml(told["config"]), RunDirectory(Path(told["path"]))
         device = _choose_device(config.launch.device)
     except SyncBNError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
         return 2
+    if config.launch.threads is not None:
+        torch.set_num_threads(config.launch.threads)
+    timeout_s = config.launch.timeout_s
+    store = prefixed(prefix, shared)
+    own = prefixed(f"{prefix}/watch", _connect_again())
+    watch = Watch(own, rank, world_size, timeout_s, config.launch.stop_timeout_s)
+    watch.start()
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=config.launch.timeout_s),
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
-        train(config, run if rank == 0 else None, device)
+        result = train(config, run if rank == 0 else None, device, watch)
     except (ConfigError, TrainingError) as error:  # every rank raises it: one need say it
         if rank == 0:
             log.error("%s", error)
-        return 1
-    except Exception:
-        log.exception("rank %d failed", rank)
-        raise
+            _record(run, Result("failed", str(error), {}, 0))
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        others = _is_about_others(error)
+        reason = watch.blame() if others else ""
+        if reason:
+            log.error("rank %d gave up waiting: %s", rank, reason)
+        elif others and watch.stop_signal:
+            reason = "another rank failed"  # as whoever stopped this one knows, and says
+        else:
+            log.exception("rank %d failed", rank)
+            reason = f"rank {rank} failed: {type(error).__name__}: {error}"
+        if rank == 0:
+            _record(run, Result("failed", reason, {}, 0))
+        raise TrainingError(reason) from error
     finally:
+        watch.end()
         dist.destroy_process_group()
-    return 0
-
-
-def _agree(store: Store, rank: int, world_size: int, prepare: Callable[[], Job]) -> Job:
-    """Return what rank 0 prepared, on every rank; or raise what it raised, on every rank."""
     if rank == 0:
-        try:
-            config, run = prepare()
-            store.set("syncbn/job", json.dumps({"config": to_yaml(config), "path": str(run.path)}))
-        except SyncBNError as error:
-            store.set("syncbn/job", json.dumps({"error": str(error)}))
-            # Rank 0 may host the store, and must not take it away before all have read it.
-            store.wait([f"syncbn/read/{peer}" for peer in range(1, world_size)], _AGREEMENT_TIMEOUT)
-            raise
-        return config, run
-    job = json.loads(store.get("syncbn/job"))
-    store.set(f"syncbn/read/{rank}", "")
-    if "error" in job:
-        raise ConfigError(job["error"])
-    return from_yaml(job["config"]), RunDirectory(Path(job["path"]))
+        _record(run, result)
+        if result.status == "finished":
+            print(summarise(run.path))
+    return 128 + result.signal if result.signal else 0
+
+
+def _record(run: RunDirectory, result: Result) -> None:
+    try:
+        run.write_result(result)
+    except OSError as error:  # a full disk, most likely, of which the log has spoken
+        log.error("cannot write %s: %s", run.result_file, error.strerror)
+
+
+def _is_about_others(error: Exception) -> bool:
+    """Return whether an error says that another rank did not answer."""
+    text = str(error).lower()
+    return isinstance(error, ReplicaError | dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
+    )
+
+
+def _connect_again() -> Store:
+    """Return a second connection to the ranks' store, for a thread of its own."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=_AGREEMENT_TIMEOUT,
+    )
+
+
+def _told(prepare: Callable[[], Job]) -> str:
+    """Return rank 0's job, or its error, as text."""
+    try:
+        config, run = prepare()
+    except SyncBNError as error:
+        return json.dumps({"error": str(error)})
+    return json.dumps({"config": to_yaml(config), "path": str(run.path)})
 
 
 def _choose_device(device: Device) -> torch.device:
@@ -157,6 +225,7 @@ def _choose_device(device: Device) -> torch.device:
 
 def _log_to(run: RunDirectory | None) -> None:
     """Log to the terminal and, on rank 0, to the run's log; other ranks log problems alone."""
+    logging.raiseExceptions = False  # a full disk is said once, not with every line
     logger = logging.getLogger("syncbn")
     logger.setLevel(logging.WARNING if run is None else logging.INFO)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -165,7 +234,3 @@ def _log_to(run: RunDirectory | None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,117 @@
+"""The process between launcher and ranks: imports torch once, and forks the ranks of one job.
+
+`python -m syncbn.train.agent RUN_DIR`, with a pipe as standard input whose end ends the job: where
+the launcher is killed, its ranks write their state and stop.
+"""
+
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from syncbn.train import worker
+from syncbn.train.run_directory import Result, RunDirectory
+from syncbn.train.watch import STOP_SIGNALS
+
+_RENDEZVOUS_TIMEOUT_S = 60
+_POLL_S = 0.1
+
+
+def main() -> int:
+    """Start the ranks of a prepared run, wait for them, and return the exit code."""
+    # DDP and optimizers load it, which takes a second: here once, and not in each rank.
+    importlib.import_module("torch._dynamo")
+    run = RunDirectory(Path(sys.argv[1]))
+    launch = run.read_config().launch
+    threading.Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
+    # It reports in many lines what is reported here in one.
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=launch.nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        rdzv_configs={"timeout": _RENDEZVOUS_TIMEOUT_S},
+        local_addr="localhost",
+        max_restarts=launch.max_restarts,
+        # This process computes nothing, so nothing of torch's is amiss in its forks.
+        start_method="fork",
+        shutdown_timeout=round(launch.stop_timeout_s),
+        signals_to_handle="SIGQUIT",  # the others are passed on to the ranks, which stop in order
+    )
+    told: list[int] = []
+    _pass_signals_on(told)
+    try:
+        codes = elastic_launch(config, worker.be_launched_rank)(str(run.path))
+    except ChildFailedError as error:
+        if told:
+            return 128 + told[0]
+        _, first = error.get_first_failure()
+        reason = _describe(first)
+        print(f"syncbn-train: {reason}", file=sys.stderr)
+        run.write_result(Result("failed", reason, {}, 0))
+        return 1
+    return max(codes.values())
+
+
+def _pass_signals_on(told: list[int]) -> None:
+    """Tell each rank once to stop when this process is told, also those that start later."""
+    agent = os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != agent:  # a rank that has been forked, and does not watch yet
+            raise SystemExit(128 + number)
+        told.append(number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+
+    def pass_on() -> None:
+        passed: set[int | None] = set()
+        while True:
+            time.sleep(_POLL_S)
+            for rank in multiprocessing.active_children() if told else ():
+                if rank.pid is not None and rank.pid not in passed:
+                    passed.add(rank.pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(rank.pid, told[0])
+
+    threading.Thread(target=pass_on, name="signals", daemon=True).start()
+
+
+def _end_with_launcher() -> None:
+    """Stop the job when the other end of standard input is closed, in whatever way."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _describe(failure: ProcessFailure) -> str:
+    """Return in one line why a rank ended."""
+    if failure.exitcode < 0:
+        return f"rank {failure.local_rank} was killed by {failure.signal_name()}"
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    text = str(message).strip().splitlines()
+    if text and not text[0].startswith("To enable traceback"):  # torch's word for no message
+        return f"rank {failure.local_rank}: {text[0]}"
+    return f"rank {failure.local_rank} ended with exit code {failure.exitcode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Which rank sees which samples when: shares of one shuffled order, for any number of ranks."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+Key = tuple[int, int]
+Batch = tuple[Tensor, Tensor]
+
+# For a batch that another process prepares; one that died is an error then, and no hang.
+_WORKER_TIMEOUT_S = 120
+
+
+class Samples(Protocol):
+    """Samples with labels, in whatever store, that are fetched by the batch."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """Return the samples and the labels of keys, each an epoch and an index.
+
+        Args:
+            keys: any number of them, also none.
+
+        Returns:
+            Raw samples, shape (n, *shape), and labels, shape (n,), int64.
+        """
+        ...
+
+
+class TrainingShare(Sampler[list[Key]]):
+    """One rank's batches of the training data, in an order that depends on seed and epoch alone.
+
+    Over all ranks, batch k of an epoch is the samples k·B to (k + 1)·B of one permutation, with
+    B = batch_size·world_size, and rank r takes every world_size-th of them from the r-th on. The
+    last batch may be smaller; it is shared out likewise, so that a rank may get none of it.
+
+    A position within an epoch is a number of samples over all ranks, and means the same for every
+    world size.
+
+    Args:
+        size: training samples.
+        batch_size: of one rank.
+        rank: this rank.
+        world_size: how many there are.
+        seed: decides the order.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        self._size = size
+        self._whole = batch_size * world_size
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self.set_position(0)
+
+    def set_position(self, epoch: int, start: int = 0) -> None:
+        """Begin the next iteration in an epoch, after so many samples over all ranks."""
+        self._epoch = epoch
+        self._start = start
+
+    def total(self, number: int) -> int:
+        """Return how many samples a batch has over all ranks, counted from the position."""
+        return min(self._whole, self._size - self._start - number * self._whole)
+
+    def __len__(self) -> int:
+        return math.ceil((self._size - self._start) / self._whole)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self._epoch
+        (value,) = np.random.SeedSequence((self._seed, epoch)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(value))
+        rest = torch.randperm(self._size, generator=generator)[self._start :]
+        for number in range(len(self)):
+            batch = rest[number * self._whole :][: self._whole]
+            yield [(epoch, int(index)) for index in batch[self._rank :: self._world_size]]
+
+
+def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
+    """Return one rank's batches of the test data; those of all ranks hold each sample once."""
+    keys = [(0, index) for index in range(rank, size, world_size)]
+    return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+
+
+def make_loader(
+    samples: Samples, batches: Iterable[list[Key]], workers: int, pinned: bool
+) -> "DataLoader[Batch]":
+    """Return a loader of batches of keys, which leaves the global random generators alone.
+
+    Args:
+        samples: where they come from.
+        batches: the keys; iterated over anew each time.
+        workers: processes that fetch them; 0: this one does.
+        pinned: whether batches shall lie in memory from which they are copied to a GPU fast.
+    """
+    more: dict[str, Any] = {}
+    if workers > 0:
+        more = {"persistent_workers": True, "timeout": _WORKER_TIMEOUT_S}
+    return DataLoader(
+        samples,  # pyright: ignore[reportArgumentType] -- fetched by batches, it needs no __getitem__
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType] -- any iterable will do
+        num_workers=workers,
+        pin_memory=pinned,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),
+        **more,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

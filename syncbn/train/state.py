@@ -1,0 +1,260 @@
+"""What is trained on one rank, and how it goes into a checkpoint and comes back."""
+
+import dataclasses
+import logging
+import random
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from syncbn.bundle import Architecture
+from syncbn.convert import convert_sync_batchnorm
+from syncbn.errors import ConfigError, ModelError
+from syncbn.layers import SyncBatchNorm
+from syncbn.models import build_model, build_without_memory
+from syncbn.train.checkpoint import Checkpoint, Position
+from syncbn.train.data import Dataset
+from syncbn.train.optim import WeightAverage, make_optimizer, make_schedule
+from syncbn.train.schema import (
+    CustomModelConfig,
+    LocalNormConfig,
+    Precision,
+    SyncNormConfig,
+    TorchvisionConfig,
+    TrainConfig,
+)
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {Precision.bfloat16: torch.bfloat16, Precision.float16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The model, its replica under DDP, and what moves them, on one rank.
+
+    Attributes:
+        average: the moving average of the model; None where there is none.
+        exported: what is evaluated and exported: the average, or the model.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    architecture: Architecture
+    model: nn.Module
+    replica: DistributedDataParallel
+    optimizer: Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+
+    @property
+    def exported(self) -> nn.Module:
+        """The model that is evaluated and exported."""
+        return self.model if self.average is None else self.average.module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model computes."""
+        dtype = _DTYPES.get(self.config.numerics.precision)
+        return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
+
+    def placed(self, inputs: Tensor) -> Tensor:
+        """Return a batch of inputs in the memory format that the model computes in."""
+        if self.config.numerics.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def state_dicts(self) -> dict[str, Any]:
+        """Return everything that training changes, by name."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def restore(self, checkpoint: Checkpoint, schedule_steps: int | None = None) -> None:
+        """Return to a former state.
+
+        Args:
+            checkpoint: the state.
+            schedule_steps: how far the schedule is, where it is not the checkpoint's own.
+        """
+        for name, part in self._parts().items():
+            if name == "schedule" and schedule_steps is not None:
+                for _ in range(schedule_steps):
+                    self.schedule.step()
+            else:
+                part.load_state_dict(checkpoint.states[name])
+        if schedule_steps is not None:  # the optimizer's state came with the old schedule's rate
+            for group, rate in zip(
+                self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
+
+    def _parts(self) -> dict[str, Any]:
+        # The schedule before the optimizer, whose rates it changes when it is fast-forwarded.
+        parts: dict[str, Any] = {"model": self.model, "schedule": self.schedule}
+        parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        return parts if self.average is None else parts | {"average": self.average}
+
+
+def prepare(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Training:
+    """Return the configured model, ready to train on this rank.
+
+    Collective: DDP compares and broadcasts the parameters, and one step is made on zeros and taken
+    back, see `_settle`.
+
+    Raises:
+        ConfigError: the model or optimizer cannot be made as configured.
+    """
+    custom = isinstance(config.model, CustomModelConfig)
+    try:
+        architecture = describe_architecture(config, dataset)
+        if custom:
+            _try_without_memory(architecture, dataset)
+        torch.manual_seed(config.seed)
+        model = build_model(architecture.name, architecture.arguments, allow_imports=custom)
+    except (ModelError, ValidationError) as error:
+        raise ConfigError(f"model: {error}") from error
+    if isinstance(config.norm, SyncNormConfig):
+        model = convert_sync_batchnorm(model)
+    model.to(device)
+    if config.numerics.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it, its stub lacks it
+    decay = config.optim.ema_decay
+    average = None if decay is None else WeightAverage(model, decay)
+    if config.numerics.compile:
+        model.compile()
+    with warnings.catch_warnings():
+        # The successor of `broadcast_buffers` is not in torch 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        replica = DistributedDataParallel(model, broadcast_buffers=not _buffers_agree(model))
+    # Of layers with one channel, whose strides are the same in either format.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    optimizer = make_optimizer(replica.parameters(), config.optim)
+    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=config.numerics.precision is Precision.float16
+    )
+    training = Training(
+        config, device, architecture, model, replica, optimizer, schedule, scaler, average
+    )
+    _settle(training, dataset)
+    seed_generators(config.seed, Position())
+    return training
+
+
+def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture:
+    """Return the name and the arguments with which `build_model` makes the configured model."""
+    arguments: dict[str, Any]
+    match config.model:
+        case TorchvisionConfig():
+            name = f"torchvision.{config.model.architecture}"
+            arguments = dict(config.model.arguments)
+        case CustomModelConfig():
+            name, arguments = config.model.factory, dict(config.model.arguments)
+        case _:
+            arguments = dataclasses.asdict(config.model)
+            name = arguments.pop("name")
+    arguments |= {"in_channels": dataset.input.shape[0], "num_classes": len(dataset.classes)}
+    if isinstance(config.norm, LocalNormConfig):  # synchronised too; serving needs no more
+        arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
+    else:
+        arguments |= {"norm": "none"}
+    return Architecture(name=name, arguments=arguments)
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the state of all of this rank's random generators that a model or data may use."""
+    name, keys, *rest = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Return this rank's random generators to a former state."""
+    torch.set_rng_state(states["torch"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(states["python"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def seed_generators(seed: int, position: Position) -> None:
+    """Seed this rank's random generators by the job's seed, the position, and the rank."""
+    entropy = (seed, position.epoch, position.samples, dist.get_rank())
+    (value,) = np.random.SeedSequence(entropy).generate_state(1)
+    torch.manual_seed(int(value))
+    np.random.seed(int(value))
+    random.seed(int(value))
+
+
+def _try_without_memory(architecture: Architecture, dataset: Dataset) -> None:
+    """Raise where a model could be trained, but its bundle not be written at the end."""
+    model = build_without_memory(architecture.name, architecture.arguments, allow_imports=True)
+    try:
+        model.eval()(torch.empty(1, *dataset.input.shape, device="meta"))
+    except Exception as error:  # whatever a model of somebody else's raises
+        raise ConfigError(
+            f"model: {architecture.name} does not work on torch's meta device, by which bundles "
+            f"are checked: {error}"
+        ) from error
+
+
+def _buffers_agree(model: nn.Module) -> bool:
+    """Return whether all buffers are the same on all ranks by themselves, and need no broadcast."""
+    synchronised = {
+        id(buffer)
+        for module in model.modules()
+        if isinstance(module, SyncBatchNorm)
+        for buffer in module.buffers(recurse=False)
+    }
+    return all(id(buffer) in synchronised for buffer in model.buffers())
+
+
+def _settle(training: Training, dataset: Dataset) -> None:
+    """Make one step on zeros and take it back, after which DDP's buckets stay as they are.
+
+    DDP arranges its buckets anew after its first backward pass, and with more than two ranks the
+    arrangement decides in which order gradients are added up. Without this, the first step of a
+    resumed run would round differently from the same step of a run that was not stopped.
+    """
+    buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
+    size = training.config.data.batch_size
+    samples = torch.zeros(size, *dataset.input.shape, device=training.device)
+    try:
+        with training.autocast():
+            logits = training.replica(training.placed(dataset.preprocessing.apply(samples)))
+        shape = (size, len(dataset.classes))
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigError(f"model: gives {found} where logits of shape {shape} are needed")
+        (logits.float().sum() * 0).backward()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"model: cannot learn from images of shape {dataset.input.shape}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    training.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in training.model.named_buffers():
+            buffer.copy_(buffers[name])

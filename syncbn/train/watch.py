@@ -1,0 +1,186 @@
+"""An end for what hangs: each rank says where it is, hears signals, and ends itself in time."""
+
+import faulthandler
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+from torch.distributed import (
+    Store,  # pyright: ignore[reportPrivateImportUsage] -- documented
+)
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BEAT_S = 1.0
+_ANSWER_S = 3 * _BEAT_S
+_STORE_TIMEOUT = timedelta(seconds=5)
+
+
+class Watch:
+    """Watches this rank from a thread of its own, and tells the others where it is.
+
+    It ends the process where a signal to stop is not followed within `stop_timeout_s`, where the
+    rank has not moved for twice `timeout_s` (the others' waits end after one), or where the process
+    that started it is gone and it did not stop.
+
+    Communicates: one small value to the store each second.
+
+    Args:
+        store: a connection to the ranks' store that nothing else uses.
+        rank: this rank.
+        world_size: how many there are.
+        timeout_s: how long ranks wait for each other.
+        stop_timeout_s: how long stopping may take.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout_s: float, stop_timeout_s: float
+    ) -> None:
+        self.stop_signal = 0
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._parent = os.getppid()
+        self._told_at = 0.0
+        self._beats = 0
+        self._place: tuple[int, str, float] = (0, "starting", time.monotonic())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin, and from now on note the signals SIGTERM and SIGINT instead of ending by them."""
+        store_timeout = getattr(self._store, "set_timeout", None)
+        if store_timeout is not None:
+            store_timeout(_STORE_TIMEOUT)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop watching, and let signals end the process again."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self._ended.set()
+        self._thread.join()
+
+    def at(self, step: int, doing: str) -> None:
+        """Note that this rank moves: which step, and what it does now."""
+        self._place = (step, doing, time.monotonic())
+
+    def blame(self) -> str:
+        """Return which ranks others wait for in vain, after one of their waits has ended.
+
+        A rank that fails calls this, so who does not is gone or hangs. Ranks that hang print the
+        stacks of their threads and end; those of this host that cannot are killed. Takes six
+        seconds, or as long as nobody stops this rank: who started the ranks does, where it knows
+        better. Returns "" where all ranks failed alike.
+        """
+        self.at(self._place[0], "asking who is missing")
+        try:
+            self._store.set(f"failed/{self._rank}", "")
+            self._give_time()
+            hanging = [
+                rank
+                for rank in range(self._world_size)
+                if not self._store.check([f"failed/{rank}"])
+            ]
+            if not hanging or self.stop_signal:
+                return ""
+            before = {rank: self._last_beat(rank) for rank in hanging}
+            for rank in hanging:
+                self._store.set(f"stack/{rank}", "")
+            self._give_time()
+            after = {rank: self._last_beat(rank) for rank in hanging}
+            for rank in hanging:
+                if before[rank] == after[rank]:
+                    _end_stopped(after[rank])
+            return "; ".join(_describe(rank, before[rank], after[rank]) for rank in hanging)
+        except Exception as error:  # the store may be what is gone
+            return f"the ranks' store does not answer either: {error}"
+
+    def _give_time(self) -> None:
+        """Wait for the others' answers, but not where this rank is told to stop meanwhile."""
+        latest = time.monotonic() + _ANSWER_S
+        while time.monotonic() < latest and not self.stop_signal:
+            time.sleep(0.05)
+
+    def _last_beat(self, rank: int) -> dict[str, Any]:
+        if not self._store.check([f"beat/{rank}"]):
+            return {}
+        return json.loads(self._store.get(f"beat/{rank}"))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.stop_signal:
+            self.stop_signal = number
+            self._told_at = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_BEAT_S):
+            step, doing, since = self._place
+            still_s = time.monotonic() - since
+            try:
+                self._beats += 1
+                beat = {"step": step, "doing": doing, "for_s": still_s, "beats": self._beats}
+                who = {"host": platform.node(), "pid": os.getpid()}
+                self._store.set(f"beat/{self._rank}", json.dumps(beat | who))
+                asked = self._store.check([f"stack/{self._rank}"])
+            except Exception:  # the main thread finds out for itself, and says so
+                asked = False
+            if asked:
+                log.error("rank %d hangs, %s at step %d, and is ended", self._rank, doing, step)
+                self._leave(1)
+            if os.getppid() != self._parent and not self.stop_signal:
+                log.error("rank %d: the process that started it is gone; stopping", self._rank)
+                self._note(signal.SIGTERM, None)
+            told_s = time.monotonic() - self._told_at
+            if self.stop_signal and told_s > self._stop_timeout_s:
+                log.error(
+                    "rank %d did not stop within %g s (%s since step %d)",
+                    self._rank,
+                    self._stop_timeout_s,
+                    doing,
+                    step,
+                )
+                self._leave(128 + self.stop_signal)
+            if still_s > 2 * self._timeout_s:
+                log.error(
+                    "rank %d hangs: %s for %.0f s at step %d", self._rank, doing, still_s, step
+                )
+                self._leave(1)
+
+    def _leave(self, code: int) -> None:
+        self._show_stacks()
+        os._exit(code)
+
+    def _show_stacks(self) -> None:
+        print(f"stacks of rank {self._rank}:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+
+
+def _end_stopped(beat: dict[str, Any]) -> None:
+    """Kill a rank of this host that does not even beat, as a process that was stopped."""
+    if beat.get("host") == platform.node():
+        with suppress(ProcessLookupError):
+            os.kill(beat["pid"], signal.SIGKILL)
+
+
+def _describe(rank: int, before: dict[str, Any], after: dict[str, Any]) -> str:
+    if not after:
+        return f"rank {rank} gave no sign of life"
+    if before.get("beats") == after["beats"]:
+        return (
+            f"rank {rank} is gone or stopped; it was last at step {after['step']}, {after['doing']}"
+        )
+    return f"rank {rank} hangs: {after['doing']} for {after['for_s']:.0f} s, step {after['step']}"

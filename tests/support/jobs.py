@@ -1,0 +1,130 @@
+"""Training jobs as real processes that tests can kill, started in a fraction of a second."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.config import compose_config
+from syncbn.train.run_directory import RunDirectory, open_run_directory
+
+# As in tests.support.world: forked from a server that has everything loaded.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["syncbn.train.agent", "sklearn.datasets", "tests.support.jobs"])
+
+SMALL = ("model.width=4", "track=none", "launch.device=cpu", "launch.threads=1")
+
+
+class Job:
+    """A run under the agent, as the launcher starts it, without the launcher.
+
+    Args:
+        run_dir: where it trains; resumed if it is there.
+        overrides: of the configuration, besides small ones.
+    """
+
+    def __init__(self, run_dir: Path, *overrides: str) -> None:
+        config = compose_config([*SMALL, *overrides, f"run_dir={run_dir}"])
+        self.run: RunDirectory = open_run_directory(config)
+        reader, self._launcher = _CONTEXT.Pipe(duplex=False)
+        self.agent: Any = _CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
+        self.agent.start()
+        reader.close()
+
+    def wait(self, timeout_s: float = 60) -> int:
+        """Return the agent's exit code, after making sure that nothing is left of the job."""
+        self.agent.join(timeout_s)
+        code = self.agent.exitcode
+        self.kill_all()
+        assert code is not None, f"the job did not end within {timeout_s} s"
+        return code
+
+    def ranks(self) -> list[int]:
+        """Return the process ids of the ranks."""
+        return children(self.agent.pid)
+
+    def kill_all(self) -> None:
+        """Kill the agent and its ranks, which are a session of their own."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.agent.pid, signal.SIGKILL)
+        self.agent.join()
+        self._launcher.close()
+
+    def lose_launcher(self) -> None:
+        """Close what the agent hears of its launcher by, as the launcher's death does."""
+        self._launcher.close()
+
+
+def _be_agent(launcher: Any, run_dir: str) -> None:
+    os.setsid()
+    os.dup2(launcher.fileno(), 0)
+    with Path(f"{run_dir}.out").open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.use_deterministic_algorithms(False)
+    sys.argv = ["agent", run_dir]
+    from syncbn.train.agent import main
+
+    os._exit(main())
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started; none where it has ended."""
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Any, timeout_s: float = 60) -> None:
+    """Return when a condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def outcome(run: RunDirectory) -> dict[str, Any]:
+    """Return all that must not depend on whether a run was stopped, in a comparable form."""
+    newest = read_checkpoint(checkpoint_files(run.checkpoints_dir)[0])
+    return {
+        "position": newest.position,
+        "states": _plain(newest.states),
+        "generators": _plain(newest.generators),
+        "metrics": [_timeless(line) for line in run.read_metrics()],
+        "steps": [_timeless(json.loads(line)) for line in run.steps_file.read_text().splitlines()],
+        "bundle": (run.bundle_dir / "model.safetensors").read_bytes(),
+    }
+
+
+def _timeless(line: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if key != "images_per_s"}
+
+
+def _plain(value: Any) -> Any:
+    """Return a state with its tensors as bytes, so that == compares bits."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
