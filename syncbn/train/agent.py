@@ -1,7 +1,8 @@
 """The process between launcher and ranks: imports torch once, and forks the ranks of one job.
 
-`python -m syncbn.train.agent RUN_DIR`, with a pipe as standard input whose end ends the job: where
-the launcher is killed, its ranks write their state and stop.
+`python -m syncbn.train.agent` reads the run's directory from standard input, a line. It may come
+long after torch is there. The end of standard input ends the job: where the launcher is killed, its
+ranks write their state and stop.
 """
 
 import importlib
@@ -32,7 +33,10 @@ def main() -> int:
     """Start the ranks of a prepared run, wait for them, and return the exit code."""
     # DDP and optimizers load it, which takes a second: here once, and not in each rank.
     importlib.import_module("torch._dynamo")
-    run = RunDirectory(Path(sys.argv[1]))
+    run_dir = _read_line()
+    if not run_dir:  # there was no job for this one
+        return 0
+    run = RunDirectory(Path(run_dir))
     launch = run.read_config().launch
     threading.Thread(target=_end_with_launcher, name="launcher", daemon=True).start()
     # It reports in many lines what is reported here in one.
@@ -63,7 +67,7 @@ def main() -> int:
         _, first = error.get_first_failure()
         reason = _describe(first)
         print(f"syncbn-train: {reason}", file=sys.stderr)
-        run.write_result(Result("failed", reason, {}, 0))
+        run.write_result(Result("failed", reason, {}, 0, 1))
         return 1
     return max(codes.values())
 
@@ -91,6 +95,14 @@ def _pass_signals_on(told: list[int]) -> None:
                         os.kill(rank.pid, told[0])
 
     threading.Thread(target=pass_on, name="signals", daemon=True).start()
+
+
+def _read_line() -> str:
+    """Return the next line of standard input, and read nothing behind it."""
+    line = b""
+    while (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode()
 
 
 def _end_with_launcher() -> None:

@@ -24,6 +24,8 @@ from syncbn.train.schema import LaunchConfig
 from syncbn.train.sweep import be_sweep_job, is_abandoned, is_sweep, sweep
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
+# Agents that have no job yet, by their number of threads. They end when this process does.
+_standby: "dict[str, subprocess.Popen[bytes]]" = {}
 # What the agent needs, when told to stop, beyond what the ranks may take.
 _AGENT_TIMEOUT_S = 15
 
@@ -55,8 +57,13 @@ def main() -> None:
         _fail(error, 1)
 
 
-def launch(run: RunDirectory, launch: LaunchConfig) -> Result:
+def launch(run: RunDirectory, launch: LaunchConfig, more: bool = False) -> Result:
     """Start the ranks of a prepared run with torch's elastic launcher, and wait for them.
+
+    Args:
+        run: its directory.
+        launch: how many ranks, and how long to wait for them to stop.
+        more: whether there will be another job; its agent loads torch meanwhile.
 
     Returns:
         How the run ended, which is in its directory too.
@@ -65,15 +72,15 @@ def launch(run: RunDirectory, launch: LaunchConfig) -> Result:
         SystemExit: with code 128 + the number, where a signal told this process to stop, after the
             ranks wrote their state.
     """
-    command = [sys.executable, "-m", "syncbn.train.agent", str(run.path)]
-    environment = {"OMP_NUM_THREADS": str(max(1, _cores() // launch.nproc)), **os.environ}
-    if launch.threads is not None:
-        environment["OMP_NUM_THREADS"] = str(launch.threads)
-    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on once.
+    threads = str(max(1, _cores() // launch.nproc))
+    threads = str(launch.threads or os.environ.get("OMP_NUM_THREADS", threads))
     with told_to_stop() as told:
-        agent = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, start_new_session=True
-        )
+        agent = _standby.pop(threads, None) or _start_agent(threads)
+        assert agent.stdin is not None
+        agent.stdin.write(f"{run.path}\n".encode())
+        agent.stdin.flush()
+        if more:
+            _standby[threads] = _start_agent(threads)
         try:
             code = _wait(agent, told, launch.stop_timeout_s + _AGENT_TIMEOUT_S)
         finally:
@@ -81,7 +88,7 @@ def launch(run: RunDirectory, launch: LaunchConfig) -> Result:
     result = run.read_result()
     if result is None or (code != 0 and result.status == "finished"):
         error = f"the ranks ended with exit code {code} and left no word"
-        result = Result("failed", error, {}, 0)
+        result = Result("failed", error, {}, 0, code if code > 0 else 1)
         run.write_result(result)
     if told:
         raise SystemExit(128 + told[0])
@@ -96,10 +103,20 @@ def _train(composed: DictConfig) -> float | None:
     run = open_run_directory(config)
     result = launch(run, config.launch)
     if result.status == "interrupted":
-        raise SystemExit(128 + result.signal)
+        raise SystemExit(result.exit_code)
     if result.status == "failed":  # of which the ranks have spoken
-        _fail(f"training failed; {run.log_file} has the details", 1)
+        _fail(f"training failed; {run.path} has the details", result.exit_code)
     return 1 - result.metrics["test_accuracy"]
+
+
+def _start_agent(threads: str) -> "subprocess.Popen[bytes]":
+    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on once.
+    return subprocess.Popen(
+        [sys.executable, "-m", "syncbn.train.agent"],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class _Loop:
                     error = f"stopped by {name} after step {self.position.step}"
                     log.info("%s; the same command with this run_dir goes on", error)
                     duration_s = time.monotonic() - started
-                    return Result("interrupted", error, self.best, duration_s, stopped)
+                    return Result("interrupted", error, self.best, duration_s, 128 + stopped)
                 self._end_epoch(tracker)
         self._finish_writing()
         self.watch.at(self.position.step, "exporting")
@@ -139,7 +139,7 @@ class _Loop:
             self.training, self.run, self.dataset, self.share, self.best, self._evaluate
         )
         tracker.finish(None if self.run is None else self.run.bundle_dir)
-        return Result("finished", None, metrics, time.monotonic() - started)
+        return Result("finished", None, metrics, time.monotonic() - started, 0)
 
     def _resume(self) -> None:
         """Go to where the newest checkpoint was taken, if there is one."""

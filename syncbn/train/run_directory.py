@@ -33,14 +33,14 @@ class Result:
         error: why, in words; None where it finished.
         metrics: those of the best epoch; empty where there is none.
         duration_s: seconds that this attempt took.
-        signal: the number of the signal that interrupted it, or 0.
+        exit_code: of the processes: 0, 1, 2 for a wrong configuration, 128 + a signal's number.
     """
 
     status: str
     error: str | None
     metrics: dict[str, float]
     duration_s: float
-    signal: int = 0
+    exit_code: int
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,13 @@ def make_loader(
     """
     more: dict[str, Any] = {}
     if workers > 0:
-        more = {"persistent_workers": True, "timeout": _WORKER_TIMEOUT_S}
+        # Workers end when their parent does, which must be this process: that of a server's forks
+        # would be the server. They share what is in memory, and compute in one thread.
+        more = {
+            "persistent_workers": True,
+            "timeout": _WORKER_TIMEOUT_S,
+            "multiprocessing_context": "fork",
+        }
     return DataLoader(
         samples,  # pyright: ignore[reportArgumentType] -- fetched by batches, it needs no __getitem__
         batch_sampler=batches,  # pyright: ignore[reportArgumentType] -- any iterable will do

@@ -77,7 +77,7 @@ def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
 
 
 def be_sweep_job(
-    composed: DictConfig, launch: Callable[[RunDirectory, LaunchConfig], Result]
+    composed: DictConfig, launch: Callable[[RunDirectory, LaunchConfig, bool], Result]
 ) -> float | None:
     """Train one job of a sweep, unless it has finished; return its validation error.
 
@@ -88,8 +88,10 @@ def be_sweep_job(
         1 − the test accuracy; None where the job failed, which a sweeper takes for a failure.
     """
     settings = HydraConfig.get()
+    # Hydra escapes some characters of what was typed.
+    overrides = [override.replace("\\", "") for override in settings.overrides.task]
     common: list[str] = _about_sweep().get("common", [])
-    chosen = [override for override in settings.overrides.task if override not in common]
+    chosen = [override for override in overrides if override not in common]
     path = Path(settings.sweep.dir) / job_name(chosen)
     run = RunDirectory(path.resolve())
     result = run.read_result()
@@ -100,10 +102,10 @@ def be_sweep_job(
             composed.run_dir = str(path)
             config = to_config(composed)
             run = open_run_directory(config)
-            result = launch(run, config.launch)
+            result = launch(run, config.launch, True)
         except Exception as error:
             reason = str(error) if isinstance(error, SyncBNError) else repr(error)
-            result = Result("failed", reason, {}, time.monotonic() - started)
+            result = Result("failed", reason, {}, time.monotonic() - started, 1)
             path.mkdir(parents=True, exist_ok=True)
             run.write_result(result)
     print(f"{path.name}: {result.status}", flush=True)
@@ -152,7 +154,11 @@ def _named(arguments: list[str]) -> Path:
 
 
 def _discard_if_empty(directory: Path) -> None:
-    (directory / ".lock").unlink(missing_ok=True)
+    """Remove what a sweep without a job leaves: our lock, and Hydra's record of the sweep."""
+    if any(path.is_dir() for path in directory.iterdir()):
+        return
+    for name in (".lock", "multirun.yaml"):
+        (directory / name).unlink(missing_ok=True)
     for path in (directory, directory.parent):
         if not any(path.iterdir()):
             path.rmdir()

@@ -124,10 +124,16 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         if "error" in told:
             raise ConfigError(told["error"])
         config, run = from_yaml(told["config"]), RunDirectory(Path(told["path"]))
-        device = _choose_device(config.launch.device)
     except SyncBNError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
+        return _exit_code(error)
+    try:
+        device = _choose_device(config.launch.device)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"syncbn-train: {error}", file=sys.stderr)
+            _record(run, Result("failed", str(error), {}, 0, 2))
         return 2
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
@@ -148,10 +154,11 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
         result = train(config, run if rank == 0 else None, device, watch)
     except (ConfigError, TrainingError) as error:  # every rank raises it: one need say it
+        code = _exit_code(error)
         if rank == 0:
             log.error("%s", error)
-            _record(run, Result("failed", str(error), {}, 0))
-        return 2 if isinstance(error, ConfigError) else 1
+            _record(run, Result("failed", str(error), {}, 0, code))
+        return code
     except Exception as error:
         others = _is_about_others(error)
         reason = watch.blame() if others else ""
@@ -163,7 +170,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
             log.exception("rank %d failed", rank)
             reason = f"rank {rank} failed: {type(error).__name__}: {error}"
         if rank == 0:
-            _record(run, Result("failed", reason, {}, 0))
+            _record(run, Result("failed", reason, {}, 0, 1))
         raise TrainingError(reason) from error
     finally:
         watch.end()
@@ -172,7 +179,11 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         _record(run, result)
         if result.status == "finished":
             print(summarise(run.path))
-    return 128 + result.signal if result.signal else 0
+    return result.exit_code
+
+
+def _exit_code(error: SyncBNError) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
 
 
 def _record(run: RunDirectory, result: Result) -> None:

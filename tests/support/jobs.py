@@ -1,10 +1,8 @@
 """Training jobs as real processes that tests can kill, started in a fraction of a second."""
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +13,7 @@ import torch
 from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
 from syncbn.train.run_directory import RunDirectory, open_run_directory
-
-# As in tests.support.world: forked from a server that has everything loaded.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["syncbn.train.agent", "sklearn.datasets", "tests.support.jobs"])
+from tests.support.world import CONTEXT
 
 SMALL = ("model.width=4", "track=none", "launch.device=cpu", "launch.threads=1")
 
@@ -34,10 +29,11 @@ class Job:
     def __init__(self, run_dir: Path, *overrides: str) -> None:
         config = compose_config([*SMALL, *overrides, f"run_dir={run_dir}"])
         self.run: RunDirectory = open_run_directory(config)
-        reader, self._launcher = _CONTEXT.Pipe(duplex=False)
-        self.agent: Any = _CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
+        reader, self._launcher = CONTEXT.Pipe(duplex=False)
+        self.agent: Any = CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
         self.agent.start()
         reader.close()
+        os.write(self._launcher.fileno(), f"{run_dir}\n".encode())
 
     def wait(self, timeout_s: float = 60) -> int:
         """Return the agent's exit code, after making sure that nothing is left of the job."""
@@ -70,7 +66,6 @@ def _be_agent(launcher: Any, run_dir: str) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     torch.use_deterministic_algorithms(False)
-    sys.argv = ["agent", run_dir]
     from syncbn.train.agent import main
 
     os._exit(main())

@@ -10,6 +10,7 @@ import pytest
 
 from syncbn.bundle import read_bundle
 from syncbn.train.run_directory import RunDirectory
+from tests.support.jobs import children, is_alive, wait_until
 from tests.support.processes import TORCHRUN, TRAIN, run
 
 SHORT = ["epochs=1", "model.width=4", "track=none", "launch.device=cpu"]
@@ -31,23 +32,30 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
     assert {file.name for file in finished.path.iterdir()} == {
         ".lock",
         "bundle",
-        "checkpoint.pt",
+        "checkpoints",
         "config.yaml",
+        "curves.png",
         "metrics.jsonl",
+        "result.json",
         "run.log",
+        "steps.jsonl",
+        "tracker_id",
         "wandb",
+        *([".started_by"] if command is EXTERNAL else []),
     }
     config = finished.read_config()
     assert (config.launch.nproc, config.model.name, config.epochs) == (2, "cnn", 2)
     lines = [json.loads(line) for line in finished.metrics_file.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    assert read_bundle(finished.bundle_dir).manifest.metrics == lines[-1]
+    best = max(lines, key=lambda line: line["test_accuracy"])
+    assert read_bundle(finished.bundle_dir).manifest.metrics == best
     log = finished.log_file.read_text()
-    assert log.count("epoch  1/2") == 1
+    assert log.count("epoch 1/2") == 1
     assert "2 ranks on cpu" in log
     # On a pipe, lines instead of a progress bar, and each of them once.
     assert "\r" not in result.stdout
-    assert result.stdout.count("epoch  1/2") == 1
+    assert result.stdout.count("epoch 1/2") == 1
+    assert result.stdout.count("status       finished after 2 epochs") == 1
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_wrong_configuration_is_explained_once_and_starts_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-m", "seed=0,1"], "-m is not available under torchrun"),
+        (["-m", "seed=0,1"], "type `syncbn-train -m seed=0,1`, which starts the ranks itself"),
         (["launch.nproc=3"], "launch.nproc=3, but torchrun started 2 ranks here"),
     ],
 )
@@ -91,24 +99,8 @@ def test_what_contradicts_torchrun_is_refused(
 
 def test_missing_gpus_are_explained(tmp_path: Path) -> None:
     result = run([*TRAIN, "launch.device=cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stdout.count("launch.device=cuda needs 2 GPUs, found 0; use") == 1
-
-
-def test_batch_larger_than_the_data_is_explained(tmp_path: Path) -> None:
-    result = run([*TRAIN, *SHORT, "data.batch_size=1000"], tmp_path)
-    assert result.returncode == 1
-    assert "data.batch_size=1000 on 2 replicas needs 2000 samples a step" in result.stdout
-    assert "data.batch_size=1000" in _the_run(tmp_path).log_file.read_text()
-
-
-def test_sweep_trains_each_configuration_in_a_directory_of_its_own(tmp_path: Path) -> None:
-    sweep = [*TRAIN, "-m", *SHORT, "norm=sync,local", "max_steps=2"]
-    result = run(sweep, tmp_path)
-    assert result.returncode == 0, result.stdout
-    runs = [RunDirectory(path) for path in (tmp_path / "runs").iterdir() if path.is_dir()]
-    assert {run.read_config().norm.name for run in runs} == {"sync", "local"}
-    assert all(run.bundle_dir.exists() for run in runs)
 
 
 def test_help_names_the_groups_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -125,31 +117,20 @@ def test_module_is_the_same_command_as_the_script(tmp_path: Path) -> None:
     assert "unknown key 'optim.lrr'" in result.stdout
 
 
-def _processes_naming(text: str) -> list[int]:
-    found: list[int] = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if text in (directory / "cmdline").read_text():
-                found.append(int(directory.name))
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
-def _stop_after_an_epoch(overrides: list[str], run_dir: Path, number: signal.Signals) -> None:
-    """Start a job, send its launcher a signal after the first epoch, and see all of it end."""
-    launcher = subprocess.Popen([*TRAIN, *overrides], stderr=subprocess.DEVNULL)
+def _start(overrides: list[str], run_dir: Path) -> "subprocess.Popen[bytes]":
+    """Start a job and return its launcher once it has made some steps."""
+    command = [*TRAIN, *overrides, f"run_dir={run_dir}", "log_every_steps=1"]
+    launcher = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (run_dir / "checkpoint.pt").exists():
+    while not (run_dir / "steps.jsonl").exists():
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
-    os.kill(launcher.pid, number)
-    assert launcher.wait(60) == 128 + number
-    while _processes_naming(str(run_dir)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert not (run_dir / "bundle").exists()
+    return launcher
+
+
+def _ranks(launcher: "subprocess.Popen[bytes]") -> list[int]:
+    return [rank for agent in children(launcher.pid) for rank in children(agent)]
 
 
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
@@ -158,17 +139,53 @@ NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @NEEDS_PROC
 def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
-    overrides = [*SHORT[1:], "epochs=4", f"run_dir={run_dir}"]
-    _stop_after_an_epoch(overrides, run_dir, signal.SIGTERM)
-    result = run([*TRAIN, *overrides], tmp_path)
+    overrides = [*SHORT[1:], "epochs=4"]
+    launcher = _start(overrides, run_dir)
+    ranks = _ranks(launcher)
+    assert len(ranks) == 2
+    os.kill(launcher.pid, signal.SIGTERM)
+    assert launcher.wait(60) == 128 + signal.SIGTERM
+    assert not any(is_alive(rank) for rank in ranks)
+    assert not (run_dir / "bundle").exists()
+    again = [*TRAIN, *overrides, f"run_dir={run_dir}", "log_every_steps=1"]
+    result = run(again, tmp_path)
     assert result.returncode == 0, result.stdout
-    assert "resuming after epoch" in result.stdout
+    assert "resuming in epoch" in result.stdout
     epochs = [int(line["epoch"]) for line in RunDirectory(run_dir).read_metrics()]
     assert epochs == list(range(1, 5))
+    result = run(again, tmp_path)
+    assert (result.returncode, result.stdout.count("holds a finished run; choose")) == (2, 1)
 
 
 @NEEDS_PROC
-def test_closing_the_terminal_stops_the_ranks(tmp_path: Path) -> None:
-    run_dir = tmp_path / "closed"
-    overrides = [*SHORT[1:], "epochs=50", f"run_dir={run_dir}"]
-    _stop_after_an_epoch(overrides, run_dir, signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_end_of_the_launcher_is_the_end_of_its_ranks(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "ended"
+    launcher = _start([*SHORT[1:], "epochs=500"], run_dir)
+    ranks = _ranks(launcher)
+    os.kill(launcher.pid, number)
+    code = launcher.wait(60)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    wait_until(lambda: not any(is_alive(rank) for rank in ranks))
+    assert len(list((run_dir / "checkpoints").iterdir())) >= 1
+
+
+@NEEDS_PROC
+def test_torchrun_starts_a_killed_rank_again_in_the_same_directory(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", TRAIN[1]]
+    overrides = [*SHORT[1:], "epochs=6", "log_every_steps=1", "checkpoint.every_steps=5"]
+    with (tmp_path / "output").open("w") as output:
+        torchrun = subprocess.Popen(
+            [*command, *overrides], cwd=tmp_path, stdout=output, stderr=output
+        )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/steps.jsonl")):
+        assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    os.kill(children(torchrun.pid)[-1], signal.SIGKILL)
+    assert torchrun.wait(120) == 0, (tmp_path / "output").read_text()
+    finished = _the_run(tmp_path)
+    assert [line["epoch"] for line in finished.read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert finished.log_file.read_text().count("2 ranks on cpu") == 2

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -5,83 +6,131 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from syncbn.bundle import read_bundle
-from syncbn.errors import TrainingError
-from syncbn.train.checkpoint import read_checkpoint
+from syncbn.errors import ConfigError, SyncBNError, TrainingError
+from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
-from syncbn.train.loop import train
-from syncbn.train.run_directory import open_run_directory
+from syncbn.train.data import digits
+from syncbn.train.images import TensorImages
+from syncbn.train.loop import together, train
+from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
 from tests.support.tolerance import assert_as_exact
 from tests.support.world import run_world
 
-SMALL = ["track=none", "model.width=4", "optim.lr=0.05", "launch.device=cpu"]
+SMALL = ["track=none", "model.width=4", "optim.lr=0.05", "launch.device=cpu", "log_every_steps=1"]
 
 
-def _train(overrides: list[str], dtype: torch.dtype = torch.float32) -> dict[str, float]:
+class _Quiet:
+    """Stands in for the watch, which belongs to a process of its own."""
+
+    stop_signal = 0
+
+    def at(self, step: int, doing: str) -> None:
+        pass
+
+
+def _train(overrides: list[str], dtype: torch.dtype = torch.float32) -> Result:
     torch.set_default_dtype(dtype)
     config = compose_config([*SMALL, *overrides])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    return train(config, run, torch.device("cpu"))
+    watch: Any = _Quiet()
+    try:
+        return train(config, run, torch.device("cpu"), watch)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _train_or_explain(overrides: list[str]) -> str:
-    with pytest.raises(TrainingError) as caught:
+    try:
         _train(overrides)
-    return str(caught.value)
+    except SyncBNError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _weights(run_dir: Path) -> dict[str, Tensor]:
-    return read_checkpoint(run_dir / "checkpoint.pt").model
+    return read_checkpoint(checkpoint_files(run_dir / "checkpoints")[0]).states["model"]
 
 
-def _train_few_steps(
-    tmp_path: Path, name: str, world_size: int, batch_size: int, dtype: torch.dtype, norm: str
-) -> dict[str, Tensor]:
-    run_dir = tmp_path / name
-    overrides = [f"run_dir={run_dir}", f"data.batch_size={batch_size}", f"norm={norm}"]
-    # Six steps within the warm-up: few enough for rounding not to have grown.
-    overrides += ["max_steps=6", f"name={name}"]
-    run_world(world_size, _train_in, overrides, dtype)
-    return _weights(run_dir)
+def _lines(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
 
 
-def _train_in(overrides: list[str], dtype: torch.dtype) -> dict[str, float]:
+def _train_in(overrides: list[str], dtype: torch.dtype) -> Result:
     from syncbn.train import loop
 
     if dtype != torch.float32:
         # Bundles hold float32; what is compared here is the checkpoint.
-        loop.write_bundle = lambda *args: None  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
+        loop.export = lambda *args: {}  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
     return _train(overrides, dtype)
 
 
-def test_two_ranks_with_half_the_batch_reach_the_weights_of_one(tmp_path: Path) -> None:
-    runs: dict[tuple[int, torch.dtype], dict[str, Tensor]] = {
+def _train_few_steps(
+    tmp_path: Path, name: str, world_size: int, dtype: torch.dtype, *overrides: str
+) -> dict[str, Tensor]:
+    run_dir = tmp_path / name
+    # Six steps within the warm-up: few enough for rounding not to have grown.
+    more = [f"run_dir={run_dir}", f"name={name}", "max_steps=6", *overrides]
+    run_world(world_size, _train_in, more, dtype)
+    return _weights(run_dir)
+
+
+# Ranks and their batches: of 24 images over all ranks; of 1437, all there are, which two and three
+# ranks share unevenly; and of 718, whose third and last holds one image, and nothing for rank 1.
+WAYS = {
+    "even": [(1, 24), (2, 12), (3, 8)],
+    "uneven": [(1, 1437), (2, 719), (3, 479 + 1)],
+    "empty": [(1, 718), (2, 359)],
+}
+
+
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
+def test_any_number_of_ranks_reaches_the_weights_of_one(
+    tmp_path: Path, ways: list[tuple[int, int]]
+) -> None:
+    runs = {
         (world_size, dtype): _train_few_steps(
             tmp_path,
             f"w{world_size}-{str(dtype)[-2:]}",
             world_size,
-            16 // world_size,
             dtype,
-            "sync",
+            f"data.batch_size={batch_size}",
         )
-        for world_size in (1, 2)
+        for world_size, batch_size in ways
         for dtype in (torch.float32, torch.float64)
     }
     truth = runs[1, torch.float64]
-    for name, weights in truth.items():
-        exact = runs[2, torch.float64][name]
-        torch.testing.assert_close(exact, weights, rtol=1e-12, atol=1e-12)
-        if weights.is_floating_point():
-            ours, plain = runs[2, torch.float32][name], runs[1, torch.float32][name]
-            assert_as_exact(ours, weights, plain, name)
+    for world_size, _ in ways[1:]:
+        for name, weights in truth.items():
+            exact = runs[world_size, torch.float64][name]
+            torch.testing.assert_close(exact, weights, rtol=1e-12, atol=1e-12)
+            if weights.is_floating_point():
+                ours, plain = runs[world_size, torch.float32][name], runs[1, torch.float32][name]
+                assert_as_exact(ours, weights, plain, name)
+
+
+def test_accumulated_batches_make_the_step_of_all_together(tmp_path: Path) -> None:
+    # Without batch normalization, whose statistics are those of each batch.
+    whole, parts = (
+        _train_few_steps(tmp_path, name, 2, torch.float64, "norm=none", *more)
+        for name, more in (
+            ("whole", ["data.batch_size=400"]),
+            ("parts", ["data.batch_size=100", "optim.accumulate=4"]),
+        )
+    )
+    for name, weights in whole.items():
+        torch.testing.assert_close(parts[name], weights, rtol=1e-12, atol=1e-12)
 
 
 def test_without_synchronising_two_ranks_drift_from_one(tmp_path: Path) -> None:
     one, two = (
-        _train_few_steps(tmp_path, f"w{size}", size, 16 // size, torch.float64, "local")
-        for size in (1, 2)
+        _train_few_steps(
+            tmp_path, f"w{n}", n, torch.float64, f"data.batch_size={16 // n}", "norm=local"
+        )
+        for n in (1, 2)
     )
     assert (one["0.weight"] - two["0.weight"]).abs().max() > 1e-6
 
@@ -91,59 +140,214 @@ def test_metrics_agree_between_ranks_and_files(tmp_path: Path, norm: str) -> Non
     run_dir = tmp_path / "run"
     overrides = [f"run_dir={run_dir}", f"norm={norm}", "epochs=2", "optim=adamw"]
     results = run_world(2, _train, overrides)
+    lines = RunDirectory(run_dir).read_metrics()
+    best = max(lines, key=lambda line: line["test_accuracy"])
     bundle = read_bundle(run_dir / "bundle")
     for result in results:
-        assert result["epoch"] == 2
-        assert result["step"] == 88
-        for key in ("train_loss", "test_loss", "test_accuracy", "lr"):
-            assert result[key] == results[0][key] == bundle.manifest.metrics[key]
-            assert math.isfinite(result[key])
-    assert results[0]["test_accuracy"] > 0.5
+        assert result.status == "finished"
+        for key in ("epoch", "step", "train_loss", "test_loss", "test_accuracy", "lr"):
+            assert result.metrics[key] == best[key] == bundle.manifest.metrics[key]
+            assert math.isfinite(result.metrics[key])
+    assert [line["step"] for line in lines] == [45, 90]
+    assert best["test_accuracy"] > 0.5
 
 
-class _KilledError(Exception):
-    """Stands in for the end of a run by force."""
+def test_evaluation_is_what_the_bundle_gives_on_every_sample_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (result, *_) = run_world(3, _train, [f"run_dir={run_dir}", "epochs=1"])
+    test = digits().test
+    assert isinstance(test, TensorImages)
+    probabilities = read_bundle(run_dir / "bundle").probabilities(test.samples).double()
+    right = (probabilities.argmax(1) == test.labels).double().mean()
+    loss = functional.nll_loss(probabilities.log(), test.labels)
+    assert result.metrics["test_accuracy"] == pytest.approx(right.item(), abs=1e-12)
+    assert result.metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def _train_and_stop_after(epoch: int, overrides: list[str]) -> None:
-    from syncbn.train import loop
-
-    epochs = 0
-    train_epoch: Any = loop._train_epoch  # pyright: ignore[reportPrivateUsage] -- where a kill may strike
-
-    def train_some_epochs(*args: Any) -> dict[str, float]:
-        nonlocal epochs
-        if epochs == epoch:
-            raise _KilledError
-        epochs += 1
-        return train_epoch(*args)
-
-    loop._train_epoch = train_some_epochs  # pyright: ignore[reportPrivateUsage] -- as above
-    with pytest.raises(_KilledError):
-        _train(overrides)
+@pytest.mark.parametrize("norm", ["sync", "local", "none"])
+def test_last_batch_with_fewer_samples_than_ranks(tmp_path: Path, norm: str) -> None:
+    # 1437 = 2·718 + 1: the last batch is one image, of which rank 1 has none.
+    overrides = [f"run_dir={tmp_path / 'run'}", f"norm={norm}", "data.batch_size=359", "epochs=1"]
+    results = run_world(2, _train, overrides)
+    assert results[0].metrics["step"] == 3
+    for weights in _weights(tmp_path / "run").values():
+        assert weights.isfinite().all()
 
 
-def test_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    overrides = ["epochs=3", f"run_dir={tmp_path / 'whole'}"]
-    run_world(2, _train, overrides)
-    stopped = ["epochs=3", f"run_dir={tmp_path / 'stopped'}"]
-    run_world(2, _train_and_stop_after, 2, stopped)
-    run_world(2, _train, stopped)
-    whole, resumed = _weights(tmp_path / "whole"), _weights(tmp_path / "stopped")
-    for name, weights in whole.items():
-        assert torch.equal(weights, resumed[name]), name
-    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3
+def test_gradients_beyond_the_norm_are_scaled_down(tmp_path: Path) -> None:
+    more = ("optim.lr=1", "schedule.warmup_steps=0", "optim.momentum=0", "optim.weight_decay=0")
+    before, after = (
+        _train_few_steps(tmp_path, name, 2, torch.float64, *more, "optim.clip_norm=0.01", steps)
+        for name, steps in (("none", "max_steps=1"), ("one", "max_steps=2"))
+    )
+    names = [name for name in before if "num_b" not in name and "running" not in name]
+    moved = [after[name] - before[name] for name in names]
+    # The second of two steps along half a cosine is taken at half the rate.
+    assert torch.cat([each.flatten() for each in moved]).norm() == pytest.approx(0.005, rel=1e-6)
 
 
-@pytest.mark.parametrize(("loss", "max_steps"), [("train_loss", 9), ("test_loss", 1)])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "numerics.precision=bfloat16",
+        "numerics.precision=float16",
+        "numerics.channels_last=true",
+        "numerics.deterministic=true",
+        "optim.label_smoothing=0.1",
+        "optim=torch",
+        "schedule=one_cycle",
+    ],
+)
+def test_option_trains_and_the_bundle_serves(tmp_path: Path, override: str) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", "epochs=2", override]
+    (result, *_) = run_world(2, _train, overrides)
+    assert result.metrics["test_accuracy"] > 0.3
+    read_bundle(run_dir / "bundle")
+
+
+def test_average_and_recalibrated_statistics_are_what_is_exported(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    overrides = [f"run_dir={run_dir}", "epochs=2", "optim.ema_decay=0.95", "recalibrate=true"]
+    (result, *_) = run_world(2, _train, overrides)
+    best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    bundle = read_bundle(run_dir / "bundle")
+    state = bundle.model.state_dict()
+    for name, value in state.items():
+        equal = torch.equal(value, best.states["average"][f"module.{name}"])
+        assert equal == ("running" not in name and "num_batches" not in name)
+    test = digits().test
+    assert isinstance(test, TensorImages)
+    right = bundle.probabilities(test.samples).argmax(1) == test.labels
+    assert result.metrics["ema_test_accuracy"] == pytest.approx(right.double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["norm=none", "optim.lr=1e20", "schedule.warmup_steps=0"], "the training loss is"),
+        (["norm=none", "optim.lr=1e20", "schedule.warmup_steps=0", "max_steps=1"], "the test loss"),
+    ],
+)
 def test_diverging_run_says_so_on_every_rank_and_writes_no_bundle(
-    tmp_path: Path, loss: str, max_steps: int
+    tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    overrides = [f"run_dir={tmp_path / 'run'}", "norm=none", "optim.lr=1e20", "epochs=1"]
-    overrides += ["optim.warmup_steps=0", f"max_steps={max_steps}"]
-    messages = run_world(2, _train_or_explain, overrides)
-    for message in messages:
-        assert message.startswith(f"{loss} is ")
-        assert message.endswith("try a lower optim.lr than 1e+20")
+    messages = run_world(2, _train_or_explain, [f"run_dir={tmp_path / 'run'}", *overrides])
+    for text in messages:
+        assert text.startswith(f"TrainingError: {message}")
+        assert text.endswith("try a lower optim.lr than 1e+20, or optim.clip_norm=1")
     assert not (tmp_path / "run" / "bundle").exists()
+
+
+class _Poisoned(nn.Module):
+    """A model whose forward pass gives NaN once, at the tenth batch of rank 1."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64 * in_channels, num_classes), nn.BatchNorm1d(num_classes)
+        )
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        poison = self.calls == 11 and dist.get_rank() == 1  # one call was the trial on zeros
+        return self.layers(x) * (math.nan if poison else 1.0)
+
+
+def make_poisoned(in_channels: int, num_classes: int) -> nn.Module:
+    return _Poisoned(in_channels, num_classes)
+
+
+def test_state_before_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
+    factory = "model.factory=tests.syncbn.train.test_loop:make_poisoned"
+    common = ["model=custom", factory, "optim.lr=0.05", "track=none"]
+    common += ["schedule=constant", "schedule.warmup_steps=0"]
+    run_dir = tmp_path / "run"
+    texts = run_world(2, _train_custom, [*common, f"run_dir={run_dir}"])
+    for text in texts:
+        assert text.startswith("the training loss is nan at step 10 (epoch 1, after 288 of 1437")
+        assert "ranks [1]); the state before this step is in checkpoints/step-000000009" in text
+    (file,) = checkpoint_files(run_dir / "checkpoints")
+    kept = read_checkpoint(file)
+    assert kept.position.step == 9
+    run_world(2, _train_custom, [*common, f"run_dir={tmp_path / 'nine'}", "max_steps=9"])
+    for name, value in _weights(tmp_path / "nine").items():
+        assert torch.equal(value, kept.states["model"][name]), name
+
+
+def _train_custom(overrides: list[str]) -> str:
+    config = compose_config(overrides)
+    run = open_run_directory(config) if dist.get_rank() == 0 else None
+    watch: Any = _Quiet()
+    try:
+        train(config, run, torch.device("cpu"), watch)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=mnist", "data.path=/nowhere"], "data.path=/nowhere: there is no file train-images"),
+        (
+            ["model=torchvision", "model.architecture=alexnet", "~model.width"],
+            "model: cannot learn from images of shape (1, 8, 8): ",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_explained_on_every_rank(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    chosen = [o for o in overrides if not o.startswith("~")]
+    for text in run_world(2, _explain_custom, [*chosen, f"run_dir={tmp_path / 'run'}"]):
+        assert text.startswith(message)
+
+
+def _explain_custom(overrides: list[str]) -> str:
+    config = compose_config(["track=none", *overrides])
+    run = open_run_directory(config) if dist.get_rank() == 0 else None
+    watch: Any = _Quiet()
+    with pytest.raises(ConfigError) as caught:
+        train(config, run, torch.device("cpu"), watch)
+    return str(caught.value)
+
+
+def _fail_on_one() -> str:
+    def work() -> int:
+        if dist.get_rank() == 1:
+            raise ConfigError("rank 1 has no such file")
+        return 7
+
+    with pytest.raises(ConfigError) as caught:
+        together(work)
+    return str(caught.value)
+
+
+def test_error_of_one_rank_is_raised_on_all() -> None:
+    assert run_world(3, _fail_on_one) == ["rank 1 has no such file"] * 3
+
+
+def test_unwritable_directory_is_one_error_on_every_rank(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for text in run_world(2, _train_without_steps_file, [f"run_dir={run_dir}", "epochs=1"]):
+        assert text == f"TrainingError: cannot write to {run_dir}: Is a directory"
+
+
+def _train_without_steps_file(overrides: list[str]) -> str:
+    if dist.get_rank() == 0:
+        config = compose_config([*SMALL, *overrides])
+        (open_run_directory(config).path / "checkpoints").touch()
+    from syncbn.train import run_directory
+
+    original = run_directory.RunDirectory.append_step
+
+    def fail(self: RunDirectory, metrics: object) -> None:
+        raise OSError(21, "Is a directory")
+
+    run_directory.RunDirectory.append_step = fail
+    try:
+        return _train_or_explain(overrides)
+    finally:
+        run_directory.RunDirectory.append_step = original

@@ -86,7 +86,7 @@ def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     assert job.wait(20) == 128 + number
     result = job.run.read_result()
     assert result is not None
-    assert (result.status, result.signal) == ("interrupted", number)
+    assert (result.status, result.exit_code) == ("interrupted", 128 + number)
     assert result.error == f"stopped by {number.name} after step {len(_lines(job))}"
     assert _whole(tmp_path / "stopped", *overrides) == whole
 
