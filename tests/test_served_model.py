@@ -9,35 +9,40 @@ from torch import Tensor, nn
 
 from service.app import create_app
 from service.settings import Settings
-from syncbn.train import loop
+from syncbn.train import loop, state
 from syncbn.train.config import compose_config
 from syncbn.train.data import digits
+from syncbn.train.images import TensorImages
 from syncbn.train.run_directory import open_run_directory
+from tests.support.jobs import quiet_watch
 from tests.support.world import run_world
 
 
 def _train(run_dir: Path) -> Tensor:
     """Train; return the probabilities of all test images in one batch, by the model in memory."""
     models: list[nn.Module] = []
-    convert = loop.convert_sync_batchnorm
+    convert = state.convert_sync_batchnorm
 
     def convert_and_keep(module: nn.Module) -> nn.Module:
         models.append(convert(module))
         return models[-1]
 
-    loop.convert_sync_batchnorm = convert_and_keep  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
+    state.convert_sync_batchnorm = convert_and_keep  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
     config = compose_config([f"run_dir={run_dir}", "track=none", "model.width=8", "epochs=2"])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    loop.train(config, run, torch.device("cpu"))
+    loop.train(config, run, torch.device("cpu"), quiet_watch())
     dataset = digits()
+    assert isinstance(dataset.test, TensorImages)
     with torch.no_grad():
-        inputs = dataset.preprocessing.apply(dataset.test.tensors[0])
+        inputs = dataset.preprocessing.apply(dataset.test.samples)
         return models[0].eval()(inputs).softmax(1)
 
 
 def test_sample_sent_alone_gets_the_probabilities_it_has_inside_a_batch(tmp_path: Path) -> None:
     trained, _ = run_world(2, _train, tmp_path / "run", deadline_s=120)
-    samples = digits().test.tensors[0][:40]
+    test = digits().test
+    assert isinstance(test, TensorImages)
+    samples = test.samples[:40]
     served: list[Tensor] = []
     with TestClient(create_app(Settings(models=tmp_path / "run" / "bundle"))) as client:
         for sample in samples:

@@ -1,7 +1,9 @@
 """Images in memory and on disk, and random changes to them that can be repeated."""
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from syncbn.errors import ConfigError
 from syncbn.train.sampling import Batch, Key
 from syncbn.train.schema import FolderConfig
 
+_IDX_CLASSES = 10
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -94,14 +97,14 @@ class FolderImages:
         return images, torch.tensor(labels, dtype=torch.int64)
 
     def _image(self, key: Key) -> Tensor:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
         from torchvision.transforms import v2
 
         file, _ = self._files[key[1]]
         try:
             with Image.open(file) as opened:
                 image: Tensor = v2.functional.pil_to_tensor(opened.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except Exception as error:  # decoders raise more than OSError
             raise ConfigError(f"cannot read the image {file}: {error}") from error
         size = self._config.size
         if self._seed is None:
@@ -110,7 +113,8 @@ class FolderImages:
             )
         area = (self._config.crop_scale_min, 1.0)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(_random_words(self._seed, [key])[0, 0]))
+            # torch.manual_seed would seed GPUs too, whose generators are not put back.
+            torch.default_generator.manual_seed(int(_random_words(self._seed, [key])[0, 0]))
             changed: Tensor = v2.RandomResizedCrop(size, area, antialias=True)(image)
             return v2.RandomHorizontalFlip(0.5 if self._config.flip else 0.0)(changed)
 
@@ -166,6 +170,11 @@ def read_idx(path: str, how: str) -> tuple[Batch, Batch]:
                 f"data.path={path}: {image_name} has {len(images)} images, but {label_name} "
                 f"{len(labels)} labels; get both again"
             )
+        if (labels >= _IDX_CLASSES).any():
+            raise ConfigError(
+                f"data.path={path}: {label_name} has the label {int(labels.max())}, but there are "
+                f"{_IDX_CLASSES} classes; is it of another data set?"
+            )
         splits.append((images, labels))
     return splits[0], splits[1]
 
@@ -184,7 +193,7 @@ def read_folder(
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), path / "test")
     try:
         splits = [ImageFolder(path / "train"), ImageFolder(test)]
-    except FileNotFoundError as error:
+    except OSError as error:
         raise ConfigError(
             f"data.path={path}: there must be images in {path}/train/CLASS and in "
             f"{path}/test/CLASS or {path}/val/CLASS: {error}"
@@ -206,7 +215,7 @@ def _random_words(seed: int, keys: list[Key]) -> Tensor:
     mixing function of SplitMix64, here of seed, epoch, index and which of the three.
     """
     with np.errstate(over="ignore"):  # arithmetic is meant modulo 2**64
-        mixed = np.full((len(keys), 3), seed, dtype=np.uint64)
+        mixed = _mix(np.full((len(keys), 3), seed, dtype=np.uint64))
         for part in (*np.array(keys, dtype=np.uint64).T[:, :, None], np.arange(3, dtype=np.uint64)):
             mixed = _mix(mixed + part + np.uint64(0x9E3779B97F4A7C15))
     return torch.from_numpy((mixed >> np.uint64(1)).astype(np.int64))
@@ -245,11 +254,11 @@ def _idx(file: Path, dimensions: int) -> Tensor:
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         head = struct.unpack(f">{1 + dimensions}I", content[: 4 * (1 + dimensions)])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise ConfigError(f"cannot read {file}: {error}; get it again") from error
     body = np.frombuffer(content, dtype=np.uint8, offset=4 * (1 + dimensions))
     # The first number is the type, 8 for bytes, and how many dimensions follow.
-    if head[0] != (8 << 8) + dimensions or body.size != int(np.prod(head[1:])):
+    if head[0] != (8 << 8) + dimensions or body.size != math.prod(head[1:]):
         raise ConfigError(
             f"{file} is not an IDX file of bytes in {dimensions} dimensions, or is cut short; get "
             "it again"

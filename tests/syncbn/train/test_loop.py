@@ -1,7 +1,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,28 +16,19 @@ from syncbn.train.data import digits
 from syncbn.train.images import TensorImages
 from syncbn.train.loop import together, train
 from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
+from tests.support.jobs import quiet_watch
 from tests.support.tolerance import assert_as_exact
 from tests.support.world import run_world
 
 SMALL = ["track=none", "model.width=4", "optim.lr=0.05", "launch.device=cpu", "log_every_steps=1"]
 
 
-class _Quiet:
-    """Stands in for the watch, which belongs to a process of its own."""
-
-    stop_signal = 0
-
-    def at(self, step: int, doing: str) -> None:
-        pass
-
-
 def _train(overrides: list[str], dtype: torch.dtype = torch.float32) -> Result:
     torch.set_default_dtype(dtype)
     config = compose_config([*SMALL, *overrides])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    watch: Any = _Quiet()
     try:
-        return train(config, run, torch.device("cpu"), watch)
+        return train(config, run, torch.device("cpu"), quiet_watch())
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -279,9 +269,8 @@ def test_state_before_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
 def _train_custom(overrides: list[str]) -> str:
     config = compose_config(overrides)
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    watch: Any = _Quiet()
     try:
-        train(config, run, torch.device("cpu"), watch)
+        train(config, run, torch.device("cpu"), quiet_watch())
     except TrainingError as error:
         return str(error)
     return ""
@@ -308,9 +297,8 @@ def test_what_cannot_be_had_is_explained_on_every_rank(
 def _explain_custom(overrides: list[str]) -> str:
     config = compose_config(["track=none", *overrides])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    watch: Any = _Quiet()
     with pytest.raises(ConfigError) as caught:
-        train(config, run, torch.device("cpu"), watch)
+        train(config, run, torch.device("cpu"), quiet_watch())
     return str(caught.value)
 
 
