@@ -67,7 +67,8 @@ def main() -> int:
         _, first = error.get_first_failure()
         reason = _describe(first)
         print(f"syncbn-train: {reason}", file=sys.stderr)
-        run.write_result(Result("failed", reason, {}, 0, 1))
+        if run.read_result() is None:  # or else rank 0 knew more
+            run.write_result(Result("failed", reason, {}, 0, 1))
         return 1
     return max(codes.values())
 

@@ -127,7 +127,7 @@ class Watch:
             self._told_at = time.monotonic()
 
     def _run(self) -> None:
-        while not self._ended.wait(_BEAT_S):
+        while not self._ended.is_set():
             step, doing, since = self._place
             still_s = time.monotonic() - since
             try:
@@ -159,6 +159,7 @@ class Watch:
                     "rank %d hangs: %s for %.0f s at step %d", self._rank, doing, still_s, step
                 )
                 self._leave(1)
+            self._ended.wait(_BEAT_S)
 
     def _leave(self, code: int) -> None:
         self._show_stacks()

@@ -160,16 +160,16 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
             _record(run, Result("failed", str(error), {}, 0, code))
         return code
     except Exception as error:
-        others = _is_about_others(error)
+        others, known = _is_about_others(error), True
         reason = watch.blame() if others else ""
         if reason:
             log.error("rank %d gave up waiting: %s", rank, reason)
         elif others and watch.stop_signal:
-            reason = "another rank failed"  # as whoever stopped this one knows, and says
+            reason, known = "another rank failed", False  # as whoever stopped this one will say
         else:
             log.exception("rank %d failed", rank)
             reason = f"rank {rank} failed: {type(error).__name__}: {error}"
-        if rank == 0:
+        if rank == 0 and known:
             _record(run, Result("failed", reason, {}, 0, 1))
         raise TrainingError(reason) from error
     finally:

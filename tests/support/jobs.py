@@ -27,7 +27,8 @@ class Job:
     """
 
     def __init__(self, run_dir: Path, *overrides: str) -> None:
-        config = compose_config([*SMALL, *overrides, f"run_dir={run_dir}"])
+        small = SMALL[1:] if "model=custom" in overrides else SMALL
+        config = compose_config([*small, *overrides, f"run_dir={run_dir}"])
         self.run: RunDirectory = open_run_directory(config)
         reader, self._launcher = CONTEXT.Pipe(duplex=False)
         self.agent: Any = CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from syncbn.train.checkpoint import checkpoint_files, read_newest
 from tests.support.jobs import Job, is_alive, outcome, wait_until
@@ -73,8 +75,10 @@ def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(tmp_path: P
     assert job.run.log_file.read_text().count("resuming in epoch") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("to", ["agent", "a rank"])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [(signal.SIGTERM, "agent"), (signal.SIGTERM, "a rank"), (signal.SIGINT, "a rank")],
+)
 def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     tmp_path: Path, number: signal.Signals, to: str
 ) -> None:
@@ -144,3 +148,48 @@ def test_other_number_of_ranks_resumes_and_says_what_differs(tmp_path: Path) -> 
 
 def _lines(job: Job) -> list[str]:
     return job.run.steps_file.read_text().splitlines() if job.run.steps_file.exists() else []
+
+
+class _Sleeping(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 10 and dist.get_rank() == 1:
+            time.sleep(1000)
+        return self.layers(x)
+
+
+def make_sleeping(in_channels: int, num_classes: int) -> nn.Module:
+    return _Sleeping(in_channels, num_classes)
+
+
+@pytest.mark.parametrize("kind", ["sleeping", "stopped"])
+def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
+    tmp_path: Path, kind: str
+) -> None:
+    overrides = ["epochs=2000", "log_every_steps=1", "launch.timeout_s=3"]
+    if kind == "sleeping":
+        overrides += ["model=custom", f"model.factory={__name__}:make_sleeping"]
+    job = Job(tmp_path / "hanging", *overrides)
+    wait_until(lambda: len(_lines(job)) >= 5)
+    hanging = job.ranks()[1]
+    if kind == "stopped":
+        os.kill(hanging, signal.SIGSTOP)
+    started = time.monotonic()
+    assert job.wait(60) == 1
+    # Without its own end it would last 30 s longer, until torch kills what does not stop.
+    assert time.monotonic() - started < 30
+    assert not is_alive(hanging)
+    output = Path(f"{job.run.path}.out").read_text()
+    result = job.run.read_result()
+    assert result is not None
+    if kind == "stopped":
+        assert "rank 1 is gone or stopped; it was last at step" in str(result.error)
+    else:
+        assert "rank 1 hangs, in forward and backward at step 8, and is ended" in output
+        assert 'test_resume.py", line' in output
+        assert "in forward" in output
