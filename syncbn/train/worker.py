@@ -153,6 +153,8 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
         result = train(config, run if rank == 0 else None, device, watch)
+        if rank == 0:  # at once, as leaving the others may fail
+            _record(run, result)
     except (ConfigError, TrainingError) as error:  # every rank raises it: one need say it
         code = _exit_code(error)
         if rank == 0:
@@ -175,10 +177,8 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
     finally:
         watch.end()
         dist.destroy_process_group()
-    if rank == 0:
-        _record(run, result)
-        if result.status == "finished":
-            print(summarise(run.path))
+    if rank == 0 and result.status == "finished":
+        print(summarise(run.path))
     return result.exit_code
 
 
