@@ -1,50 +1,59 @@
 #!/usr/bin/env bash
-# Train on two machines of a Slurm cluster: `sbatch slurm.sh [override ...]`; README.md has more.
+# Train on two machines of a Slurm cluster: `sbatch slurm.sh [override ...]`; see README.md.
 #
-# Slurm stops the job some time before its time is up. The job then writes its state, queues itself
-# again, and goes on where it was. It does so too when a machine is lost.
+# Two minutes before the time is up, the job writes its state and queues itself again; then it goes
+# on where it was. It does so too, from its newest checkpoint, where a machine was lost.
 #
 #SBATCH --job-name=syncbn
 #SBATCH --nodes=2
-# One torchrun a machine; it starts the ranks.
+# One torchrun a machine, which starts the ranks there.
 #SBATCH --ntasks-per-node=1
-# Change these three to your machines' GPUs, cores and queue; without GPUs, leave the first out.
+# Change the next three. Without GPUs leave out the first.
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=04:00:00
-# To all processes but this script. A run must need less, by launch.stop_timeout_s, for one step.
+# To all processes but this script's own.
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
-# A job that is queued again goes on with its output, too.
 #SBATCH --open-mode=append
 #SBATCH --output=syncbn-%j.log
 set -euo pipefail
 
-# Change these: how many ranks a machine has (as many as GPUs), where Python is, and a directory
-# that all machines reach. A job that is queued again keeps its number, and so its directory.
-ranks_per_machine=1
+# Change these: the ranks of a machine, which are its GPUs as a rule; where Python is; and a
+# directory that all machines reach. A job that is queued again has the same number as before, and
+# so goes on in the same directory.
+ranks=1
 PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"
 run_dir="$SLURM_SUBMIT_DIR/runs/slurm-$SLURM_JOB_ID"
 
+interrupted() {
+    grep -qs '"status": "interrupted"' "$run_dir/result.json"
+}
+# What the attempt before left, so that it is not taken for this one's.
+if interrupted; then
+    rm "$run_dir/result.json"
+fi
+
+# Without torchrun's c10d rendezvous: nothing is elastic here, and where the network fails, its
+# torchruns hang until Slurm kills them.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 torchrun=(
-    torchrun
     "--nnodes=$SLURM_JOB_NUM_NODES"
-    "--nproc-per-node=$ranks_per_machine"
-    # Not rendezvous with c10d: where a machine is cut off, its torchrun would hang.
+    "--nproc-per-node=$ranks"
     "--master-addr=$first"
     "--master-port=$((20000 + SLURM_JOB_ID % 10000))"
 )
-# torchrun gives its ranks 30 seconds to stop; they use less, to say what took them so long.
+# torchrun kills ranks that take longer than 30 s to stop; before that they say what keeps them.
 job=(-m syncbn.train "run_dir=$run_dir" launch.stop_timeout_s=25 "$@")
 
-# The number of a machine is known there alone. Where one torchrun fails, Slurm ends the others.
 code=0
+# A machine knows its own number alone, hence the shell there. One torchrun that fails ends all.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" \
-    bash -c 'exec "$@"' on-each "${torchrun[@]}" "${job[@]}" || code=$?
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    bash -c 'exec torchrun "--node-rank=$SLURM_NODEID" "$@"' on-machine \
+    "${torchrun[@]}" "${job[@]}" || code=$?
 
-if grep -qs '"status": "interrupted"' "$run_dir/result.json"; then
+if interrupted; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

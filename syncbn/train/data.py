@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
-from syncbn.errors import ConfigError
+from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.images import TensorImages, read_cifar, read_folder, read_idx
-from syncbn.train.sampling import Samples
+from syncbn.train.sampling import Key, Samples
 from syncbn.train.schema import (
     AugmentedConfig,
     CustomDataConfig,
@@ -50,9 +50,18 @@ def load_dataset(config: DataConfig, seed: int) -> Dataset:
     """Return the configured data set; reads local files, and never the network.
 
     Raises:
-        ConfigError: its files are missing or damaged, or the user's own function fails.
+        ConfigError: its files are missing or damaged, the user's own function fails, or its parts
+            do not fit each other.
     """
-    return DATASETS[config.name](config, seed)
+    dataset = DATASETS[config.name](config, seed)
+    match config:
+        case CustomDataConfig():
+            _check(dataset, f"data.factory={config.factory}")
+        case AugmentedConfig() | FolderConfig():
+            _check(dataset, f"data.path={config.path}")
+        case _:
+            _check(dataset, f"data={config.name}")
+    return dataset
 
 
 def digits() -> Dataset:
@@ -195,6 +204,58 @@ DATASETS: Mapping[str, Callable[[DataConfig, int], Dataset]] = {
     "synthetic": _synthetic,
     "custom": _custom,
 }
+
+
+def _check(dataset: Dataset, where: str) -> None:
+    """Raise where parts of a data set do not fit, which hours of training would end in."""
+    channels = dataset.input.shape[0]
+    values = len(dataset.preprocessing.mean), len(dataset.preprocessing.std)
+    if values != (channels, channels):
+        raise ConfigError(
+            f"{where}: preprocessing has {values[0]} means and {values[1]} deviations; "
+            f"input.shape={dataset.input.shape} needs {channels} of each, one a channel"
+        )
+    classes: Any = dataset.classes  # whatever somebody else's code put there
+    if not (isinstance(classes, tuple) and classes and all(isinstance(c, str) for c in classes)):
+        raise ConfigError(f"{where}: classes is {classes!r}; it must be a tuple of names")
+    for split, samples in (("train", dataset.train), ("test", dataset.test)):
+        if len(samples) == 0:
+            raise ConfigError(f"{where}: {split} has no samples; it needs at least one")
+        ends = [(0, 0), (0, len(samples) - 1)]
+        labels = _check_batch(dataset, f"{where}: {split}", samples, ends)
+        # None at all is what a rank gets that is left without a share of an epoch's last batch.
+        _check_batch(dataset, f"{where}: {split}", samples, [])
+        if isinstance(samples, TensorImages):
+            labels = samples.labels
+        if labels.min() < 0 or labels.max() >= len(classes):
+            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+            raise ConfigError(
+                f"{where}: {split} has the label {wrong}, but there are {len(classes)} classes; "
+                f"labels must be from 0 to {len(classes) - 1}"
+            )
+
+
+def _check_batch(dataset: Dataset, where: str, samples: Samples, keys: list[Key]) -> Tensor:
+    """Return the labels of keys, whose samples must be as the data set says."""
+    try:
+        batch: Any = samples.__getitems__(keys)
+        found = [(tuple(part.shape), part.dtype) for part in batch]
+    except SyncBNError:
+        raise
+    except Exception as error:  # whatever somebody else's code raises
+        raise ConfigError(
+            f"{where}.__getitems__({keys}) failed: {type(error).__name__}: {error}; it must return "
+            "samples and labels as two tensors, for any number of keys, also none"
+        ) from error
+    shape = (len(keys), *dataset.input.shape)
+    if [each for each, _ in found] != [shape, (len(keys),)] or found[1][1] != torch.int64:
+        shown = " and ".join(f"{dtype} of shape {each}" for each, dtype in found)
+        raise ConfigError(
+            f"{where}.__getitems__({keys}) returned {shown}; it must return samples of shape "
+            f"{shape}, as input.shape={dataset.input.shape} says, and labels of shape "
+            f"({len(keys)},) and dtype torch.int64"
+        )
+    return batch[1]
 
 
 def _of_bytes(

@@ -1,6 +1,7 @@
 """Which rank sees which samples when: shares of one shuffled order, for any number of ranks."""
 
 import math
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+
+from syncbn.errors import SyncBNError
 
 Key = tuple[int, int]
 Batch = tuple[Tensor, Tensor]
@@ -80,7 +83,7 @@ class TrainingShare(Sampler[list[Key]]):
         rest = torch.randperm(self._size, generator=generator)[self._start :]
         for number in range(len(self)):
             batch = rest[number * self._whole :][: self._whole]
-            yield [(epoch, int(index)) for index in batch[self._rank :: self._world_size]]
+            yield [(epoch, index) for index in batch[self._rank :: self._world_size].tolist()]
 
 
 def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
@@ -89,9 +92,41 @@ def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> 
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
 
 
+class Loader:
+    """Batches of samples, as often as they are iterated over.
+
+    What syncbn says of a sample reaches the caller as it was said, also from a worker, to which
+    torch would add the traceback.
+
+    Args:
+        loader: yields batches, or errors of syncbn in their place.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]") -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            for batch in self._loader:
+                if isinstance(batch, SyncBNError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError) as error:
+            if self._loader.num_workers == 0:
+                raise
+            # Where this process notices that a worker is gone before torch does.
+            raise RuntimeError(
+                f"a DataLoader worker does not answer: {type(error).__name__}: {error}; most "
+                "likely it was killed, as for using too much memory: try fewer data.workers"
+            ) from error
+
+
 def make_loader(
     samples: Samples, batches: Iterable[list[Key]], workers: int, pinned: bool
-) -> "DataLoader[Batch]":
+) -> Loader:
     """Return a loader of batches of keys, which leaves the global random generators alone.
 
     Args:
@@ -108,16 +143,44 @@ def make_loader(
             "persistent_workers": True,
             "timeout": _WORKER_TIMEOUT_S,
             "multiprocessing_context": "fork",
+            "worker_init_fn": _leave_signals_to_rank,
         }
-    return DataLoader(
-        samples,  # pyright: ignore[reportArgumentType] -- fetched by batches, it needs no __getitem__
-        batch_sampler=batches,  # pyright: ignore[reportArgumentType] -- any iterable will do
-        num_workers=workers,
-        pin_memory=pinned,
-        collate_fn=_as_it_is,
-        generator=torch.Generator(),
-        **more,
+    return Loader(
+        DataLoader(
+            _Fetched(samples),  # pyright: ignore[reportArgumentType] -- by batches, without __getitem__
+            batch_sampler=batches,  # pyright: ignore[reportArgumentType] -- any iterable will do
+            num_workers=workers,
+            pin_memory=pinned,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            **more,
+        )
     )
+
+
+class _Fetched:
+    """Batches of samples, or the error of ours that they end in."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitems__(self, keys: list[Key]) -> Batch | SyncBNError:
+        try:
+            return self._samples.__getitems__(keys)
+        except SyncBNError as error:
+            return error
+
+
+def _leave_signals_to_rank(worker: int) -> None:
+    """Ignore signals to stop, which a scheduler sends to every process: the rank ends its workers.
+
+    A worker that ended by one would make its rank fail before it has written its state.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -24,10 +24,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BEAT_S = 1.0
 _ANSWER_S = 3 * _BEAT_S
 _STORE_TIMEOUT = timedelta(seconds=5)
+# How long asking who is missing may take: twice _ANSWER_S, and a store that is slow.
+_BLAME_S = 2 * _ANSWER_S + _STORE_TIMEOUT.total_seconds()
 
 
 class Watch:
-    """Watches this rank from a thread of its own, and tells the others where it is.
+    """Watches this rank from a thread of its own, and tells the others where it is from another.
+
+    Two, because a store whose machine cannot be reached any more leaves its callers hanging until
+    the kernel gives the connection up, which takes a quarter of an hour (torch 2.14's time-outs
+    are for keys that do not come, and not for answers that do not).
 
     It ends the process where a signal to stop is not followed within `stop_timeout_s`, where the
     rank has not moved for twice `timeout_s` (the others' waits end after one), or where the process
@@ -57,7 +63,10 @@ class Watch:
         self._beats = 0
         self._place: tuple[int, str, float] = (0, "starting", time.monotonic())
         self._ended = threading.Event()
+        self._answered_at = time.monotonic()  # the store, to this rank
+        self._asked = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._teller = threading.Thread(target=self._tell, name="tell", daemon=True)
 
     def start(self) -> None:
         """Begin, and from now on note the signals SIGTERM and SIGINT instead of ending by them."""
@@ -66,7 +75,9 @@ class Watch:
             store_timeout(_STORE_TIMEOUT)
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
+        self._answered_at = time.monotonic()
         self._thread.start()
+        self._teller.start()
 
     def end(self) -> None:
         """Stop watching, and let signals end the process again."""
@@ -74,6 +85,7 @@ class Watch:
             signal.signal(number, signal.SIG_DFL)
         self._ended.set()
         self._thread.join()
+        self._teller.join(_ANSWER_S)
 
     def at(self, step: int, doing: str) -> None:
         """Note that this rank moves: which step, and what it does now."""
@@ -88,6 +100,23 @@ class Watch:
         better. Returns "" where all ranks failed alike.
         """
         self.at(self._place[0], "asking who is missing")
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._ask()), name="ask", daemon=True)
+        asking.start()
+        begun = time.monotonic()
+        while not found and asking.is_alive() and time.monotonic() < begun + _BLAME_S:
+            asking.join(0.05)
+            silent_s = time.monotonic() - self._answered_at
+            # Two beats later, as this process may itself have been what stood still.
+            if time.monotonic() > begun + 2 * _BEAT_S and silent_s > _STORE_TIMEOUT.total_seconds():
+                return (
+                    f"the ranks' store, which is with rank 0, has not answered for {silent_s:.0f} "
+                    "s: that machine, or the network to it, is gone"
+                )
+        return found[0] if found else "the ranks' store answers too slowly to tell who is missing"
+
+    def _ask(self) -> str:
+        """Return what `blame` does, however long the store takes."""
         try:
             self._store.set(f"failed/{self._rank}", "")
             self._give_time()
@@ -130,15 +159,7 @@ class Watch:
         while not self._ended.is_set():
             step, doing, since = self._place
             still_s = time.monotonic() - since
-            try:
-                self._beats += 1
-                beat = {"step": step, "doing": doing, "for_s": still_s, "beats": self._beats}
-                who = {"host": platform.node(), "pid": os.getpid()}
-                self._store.set(f"beat/{self._rank}", json.dumps(beat | who))
-                asked = self._store.check([f"stack/{self._rank}"])
-            except Exception:  # the main thread finds out for itself, and says so
-                asked = False
-            if asked:
+            if self._asked.is_set():
                 log.error("rank %d hangs, %s at step %d, and is ended", self._rank, doing, step)
                 self._leave(1)
             if os.getppid() != self._parent and not self.stop_signal:
@@ -159,6 +180,23 @@ class Watch:
                     "rank %d hangs: %s for %.0f s at step %d", self._rank, doing, still_s, step
                 )
                 self._leave(1)
+            self._ended.wait(_BEAT_S / 4)
+
+    def _tell(self) -> None:
+        """Tell the store each second where this rank is, and hear whether others ask for it."""
+        while not self._ended.is_set():
+            step, doing, since = self._place
+            try:
+                self._beats += 1
+                still_s = time.monotonic() - since
+                beat = {"step": step, "doing": doing, "for_s": still_s, "beats": self._beats}
+                who = {"host": platform.node(), "pid": os.getpid()}
+                self._store.set(f"beat/{self._rank}", json.dumps(beat | who))
+                if self._store.check([f"stack/{self._rank}"]):
+                    self._asked.set()
+                self._answered_at = time.monotonic()
+            except Exception:  # the main thread finds out for itself, and says so
+                log.debug("rank %d cannot tell the store where it is", self._rank)
             self._ended.wait(_BEAT_S)
 
     def _leave(self, code: int) -> None:

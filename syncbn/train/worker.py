@@ -1,5 +1,6 @@
 """One rank of a job: agree on the job with the others, join the process group, train."""
 
+import faulthandler
 import json
 import logging
 import os
@@ -117,9 +118,11 @@ def _work(prepare: Callable[[], Job]) -> int:
 def _work_locked(prepare: Callable[[], Job]) -> int:
     shared, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
     try:
-        text, prefix = agree(
-            shared, rank, world_size, partial(_told, prepare), _AGREEMENT_TIMEOUT.total_seconds()
-        )
+        timeout_s = _AGREEMENT_TIMEOUT.total_seconds()
+        # The store's own time-outs do not apply where its machine cannot be reached any more.
+        faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
+        text, prefix = agree(shared, rank, world_size, partial(_told, prepare), timeout_s)
+        faulthandler.cancel_dump_traceback_later()
         told = json.loads(text)
         if "error" in told:
             raise ConfigError(told["error"])

@@ -8,14 +8,16 @@ runs side by side cannot meet.
 import os
 import subprocess
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.support.jobs import children, is_alive
-from tests.support.processes import REPOSITORY
 
 _MAKE = ("unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
-_INTERFACE = "eth0"
+# The first process of a host, with which all others end: it does as soon as nobody holds the other
+# end of its standard input, so also where the test is killed.
+_STAY = ("sh", "-c", "echo here && exec cat")
+INTERFACE = "eth0"
 
 
 class Host:
@@ -24,93 +26,84 @@ class Host:
     Args:
         name: its host name.
         address: on the cable, once it is there.
+
+    Raises:
+        OSError: this machine or this user cannot make one.
     """
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
         self.address = address
-        # The host's first process, with which all others of the host end. It ends when the pipe
-        # that it reads does: also where this process is killed.
+        self._started: list[subprocess.Popen[bytes]] = []
         self._maker = subprocess.Popen(
-            [*_MAKE, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*_MAKE, *_STAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         try:
-            # `cat` answers once it is there, in namespaces that are made.
-            assert self._maker.stdin is not None
             assert self._maker.stdout is not None
             assert self._maker.stderr is not None
-            self._maker.stdin.write(b"here\n")
-            self._maker.stdin.flush()
-            if self._maker.stdout.readline() != b"here\n":
+            if not self._maker.stdout.readline():
                 raise OSError(self._maker.stderr.read().decode().strip())
-            (self.pid,) = children(self._maker.pid)
-            self.do("hostname", name)
-            self.do("ip", "link", "set", "lo", "up")
+            (self._first,) = children(self._maker.pid)
+            _do([*self._inside(), "hostname", name])
+            _do([*self._inside(), "ip", "link", "set", "lo", "up"])
         except BaseException:
             self.close()
             raise
-
-    def do(self, *command: str) -> None:
-        """Run a short command on this host.
-
-        Raises:
-            OSError: it failed.
-        """
-        done = subprocess.run(
-            [*self._enter(), *command], capture_output=True, text=True, timeout=10, check=False
-        )
-        if done.returncode != 0:
-            raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
-
-    def start(
-        self, command: list[str], output: Path, **environment: str
-    ) -> "subprocess.Popen[bytes]":
-        """Start a command on this host, with its output in a file."""
-        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "GLOO_SOCKET_IFNAME": _INTERFACE,
-            **environment,
-        }
-        with output.open("wb") as file:
-            return subprocess.Popen(
-                [*self._enter(), *command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-
-    def processes(self) -> list[int]:
-        """Return what runs on this host, besides what keeps it."""
-        own = _namespace(self.pid)
-        running = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
-        return [
-            pid for pid in running if pid != self.pid and _namespace(pid) == own and is_alive(pid)
-        ]
-
-    def connect(self, other: "Host") -> None:
-        """Lay the cable to another host."""
-        end = ("type", "veth", "peer", "name", _INTERFACE, "netns", str(other.pid))
-        # In this host's network, but where process ids are those of this process.
-        enter = ["nsenter", "--target", str(self.pid), "--net"]
-        subprocess.run([*enter, "ip", "link", "add", _INTERFACE, *end], timeout=10, check=True)
-        for host in (self, other):
-            host.do("ip", "address", "add", f"{host.address}/24", "dev", _INTERFACE)
-            host.do("ip", "link", "set", _INTERFACE, "up")
-
-    def cut(self) -> None:
-        """Cut this host's cable: what is sent is lost, and nobody is told."""
-        self.do("ip", "link", "set", _INTERFACE, "down")
 
     def close(self) -> None:
         """Kill all that runs on this host; its network goes with it."""
         self._maker.kill()
         self._maker.communicate()
+        for process in self._started:
+            process.wait()
 
-    def _enter(self) -> list[str]:
-        return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--pid", "--mount"]
+    def connect(self, other: "Host") -> None:
+        """Lay a cable to another host."""
+        end = f"type veth peer name {INTERFACE} netns {other._first}".split()
+        # In this host's network, but where processes have the numbers that they have here.
+        _do([*self._inside("--net"), "ip", "link", "add", INTERFACE, *end])
+        for host in (self, other):
+            address = ("address", "add", f"{host.address}/24", "dev", INTERFACE)
+            _do([*host._inside(), "ip", *address])
+            _do([*host._inside(), "ip", "link", "set", INTERFACE, "up"])
+
+    def cut_cable(self) -> None:
+        """Cut the cable: what is sent is lost, and nobody is told."""
+        _do([*self._inside(), "ip", "link", "set", INTERFACE, "down"])
+
+    def sent_bytes(self) -> int:
+        """Return how much this host has sent over the cable."""
+        lines = Path(f"/proc/{self._first}/net/dev").read_text().splitlines()
+        (counts,) = [line.split(":")[1] for line in lines if line.strip().startswith(INTERFACE)]
+        return int(counts.split()[8])
+
+    def start(self, command: list[str], output: Path) -> "subprocess.Popen[bytes]":
+        """Start a command on this host, with its output in a file."""
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [*self._inside(), *command],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        self._started.append(process)
+        return process
+
+    def processes(self) -> list[str]:
+        """Return the commands of what runs on this host."""
+        own = _namespace(self._first)
+        running = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+        return [
+            Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            for pid in running
+            if pid != self._first and _namespace(pid) == own and is_alive(pid)
+        ]
+
+    def _inside(self, *namespaces: str) -> list[str]:
+        """Return what a command is prefixed with to run on this host."""
+        of_all = ("--net", "--uts", "--pid", "--mount")
+        return ["nsenter", "--target", str(self._first), *(namespaces or of_all)]
 
 
 @contextmanager
@@ -118,27 +111,21 @@ def two_hosts() -> Generator[tuple[Host, Host]]:
     """Yield two hosts with a cable between them, and take them away in the end.
 
     Raises:
-        OSError: this machine or this user cannot make them.
+        OSError: this machine or this user cannot make them; the text says why.
     """
-    first = Host("host-a", "10.77.0.1")
-    try:
+    with ExitStack() as made:
+        first = Host("host-a", "10.77.0.1")
+        made.callback(first.close)
         second = Host("host-b", "10.77.0.2")
-        try:
-            first.connect(second)
-            yield first, second
-        finally:
-            second.close()
-    finally:
-        first.close()
+        made.callback(second.close)
+        first.connect(second)
+        yield first, second
 
 
-def why_not() -> str:
-    """Return why there can be no hosts here; "" where there can."""
-    try:
-        with two_hosts():
-            return ""
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"cannot make hosts of namespaces: {error}"
+def _do(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def _namespace(pid: int) -> str:

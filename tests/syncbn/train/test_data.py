@@ -1,70 +1,22 @@
-import gzip
-import hashlib
-import pickle
-import struct
+import dataclasses
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from syncbn.bundle import InputSpec, Preprocessing
 from syncbn.errors import ConfigError
-from syncbn.train.data import DATASETS, FASHION_CLASSES, Dataset, digits, load_dataset
+from syncbn.train.data import DATASETS, Dataset, digits, load_dataset
 from syncbn.train.images import TensorImages
-from syncbn.train.sampling import Key, Samples, TrainingShare
-from syncbn.train.schema import (
-    CifarConfig,
-    CustomDataConfig,
-    DigitsConfig,
-    FashionMnistConfig,
-    FolderConfig,
-    MnistConfig,
-    SyntheticConfig,
-    schemas,
-)
-from tests.syncbn.train.test_sampling import loading
-
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-CHANCE = np.random.default_rng(0)
-
-
-def _bytes(*shape: int) -> Bytes:
-    return CHANCE.integers(0, 256, shape, dtype=np.uint8)
-
-
-def _all(samples: Samples, epoch: int = 0) -> tuple[Tensor, Tensor]:
-    return samples.__getitems__([(epoch, index) for index in range(len(samples))])
-
-
-def _assert_standardised(dataset: Dataset) -> None:
-    inputs = dataset.preprocessing.apply(_all(dataset.train)[0])
-    assert inputs.shape[1:] == dataset.input.shape
-    assert (dataset.input.name, dataset.input.dtype) == ("image", "float32")
-    for channel in inputs.unbind(1):
-        assert abs(channel.mean().item()) < 1e-3
-        assert abs(channel.std().item() - 1) < 1e-3
-
-
-def _synthetic(
-    samples: int = 200, test_samples: int = 100, channels: int = 3, classes: int = 7
-) -> SyntheticConfig:
-    return SyntheticConfig(
-        batch_size=4,
-        workers=0,
-        samples=samples,
-        test_samples=test_samples,
-        channels=channels,
-        size=8,
-        classes=classes,
-    )
-
+from syncbn.train.sampling import Batch, Key
+from syncbn.train.schema import CustomDataConfig, DigitsConfig, SyntheticConfig, schemas
+from tests.syncbn.train.test_images import assert_standardised, fetch_all
 
 # What every data set promises.
 
@@ -90,611 +42,59 @@ def test_importing_the_data_sets_loads_no_library_that_only_some_need() -> None:
 def test_digits_are_split_the_same_way_each_time() -> None:
     one, other = digits(), load_dataset(DigitsConfig(batch_size=1, workers=0), seed=5)
     for mine, theirs in ((one.train, other.train), (one.test, other.test)):
-        assert all(map(torch.equal, _all(mine), _all(theirs)))
+        assert all(map(torch.equal, fetch_all(mine), fetch_all(theirs)))
     # A few digits are equal in all 64 pixels, so it is sizes that show nothing was counted twice.
     assert (len(one.train), len(one.test)) == (1437, 360)
 
 
 def test_digits_keep_their_pixels_and_are_standardised() -> None:
     dataset = digits()
-    images, labels = _all(dataset.train, epoch=3)
-    assert torch.equal(images, _all(dataset.train, epoch=4)[0])
+    images, labels = fetch_all(dataset.train, epoch=3)
+    assert torch.equal(images, fetch_all(dataset.train, epoch=4)[0])
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert (images.min().item(), images.max().item()) == (0, 16)
-    _assert_standardised(dataset)
-
-
-# What is random about images in memory.
-
-
-def _images(
-    crop_padding: int, flip: bool, seed: int = 0, shape: tuple[int, ...] = (60, 2, 5, 7)
-) -> TensorImages:
-    samples = torch.randint(1, 256, shape, dtype=torch.uint8)
-    return TensorImages(samples, torch.arange(len(samples)), seed, crop_padding, flip)
-
-
-def _candidates(image: Tensor, padding: int) -> dict[tuple[int, int, bool], Tensor]:
-    """Return what crop and mirror can make of an image, pixel by pixel."""
-    _, height, width = image.shape
-    found: dict[tuple[int, int, bool], Tensor] = {}
-    for down in range(-padding, padding + 1):
-        for right in range(-padding, padding + 1):
-            moved = torch.zeros_like(image)
-            for y in range(height):
-                for x in range(width):
-                    if 0 <= y + down < height and 0 <= x + right < width:
-                        moved[:, y, x] = image[:, y + down, x + right]
-            found[down, right, False] = moved
-            found[down, right, True] = torch.stack(
-                [moved[:, :, width - 1 - x] for x in range(width)], 2
-            )
-    return found
-
-
-@pytest.mark.parametrize(("padding", "flip"), [(0, True), (1, False), (2, True)])
-def test_images_are_cropped_from_zero_padding_and_mirrored_evenly(padding: int, flip: bool) -> None:
-    images = _images(padding, flip)
-    counts: dict[tuple[int, int, bool], int] = {}
-    epochs = 20
-    candidates = [_candidates(image, padding) for image in images.samples]
-    for epoch in range(epochs):
-        changed, labels = _all(images, epoch)
-        assert changed.dtype == torch.uint8
-        assert torch.equal(labels, images.labels)
-        for image, known in zip(changed, candidates, strict=True):
-            (how,) = [how for how, other in known.items() if torch.equal(image, other)]
-            counts[how] = counts.get(how, 0) + 1
-    ways = (2 * padding + 1) ** 2 * (2 if flip else 1)
-    mean = epochs * len(images) / ways
-    assert len(counts) == ways
-    # χ² over the ways, which has about this mean and deviation if all are as likely.
-    statistic = sum((count - mean) ** 2 / mean for count in counts.values())
-    assert abs(statistic - (ways - 1)) < 5 * (2 * (ways - 1)) ** 0.5
-
-
-def test_images_without_changes_are_as_stored() -> None:
-    images = _images(0, False)
-    assert torch.equal(_all(images, epoch=9)[0], images.samples)
-
-
-def test_float_images_are_changed_likewise() -> None:
-    images = _images(2, True)
-    floats = TensorImages(images.samples.float(), images.labels, 0, 2, True)
-    assert torch.equal(_all(floats)[0], _all(images)[0].float())
-
-
-def test_change_depends_on_seed_epoch_and_index_alone() -> None:
-    images = _images(3, True)
-    state = torch.get_rng_state()
-    whole = torch.stack([_all(images, epoch)[0] for epoch in range(3)])
-    assert torch.equal(torch.get_rng_state(), state)
-    keys: list[Key] = [(epoch, index) for epoch in range(3) for index in range(60)]
-    keys = [keys[position] for position in torch.randperm(len(keys))] + keys[:5]
-    for first in range(0, len(keys), 7):
-        part = keys[first : first + 7]
-        expected = torch.stack([whole[key] for key in part])
-        assert torch.equal(images.__getitems__(part)[0], expected)
-    same = TensorImages(images.samples, images.labels, 0, 3, True)
-    assert torch.equal(_all(same, 2)[0], whole[2])
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_change_does_not_depend_on_ranks_or_workers(world_size: int, workers: int) -> None:
-    images = _images(2, True)
-    whole = _all(images, epoch=4)[0]
-    seen = 0
-    for rank in range(world_size):
-        share = TrainingShare(len(images), 4, rank, world_size, seed=1)
-        share.set_position(4, start=12)
-        with loading(images, share, workers) as loader:
-            for samples, labels in loader:
-                assert torch.equal(samples, whole[labels])
-                seen += len(labels)
-    assert seen == len(images) - 12
-
-
-def _hows(seed: int, epoch: int) -> list[Any]:
-    """Return how each of equal images is changed."""
-    samples = torch.arange(1, 50, dtype=torch.uint8).view(1, 1, 7, 7).expand(40, -1, -1, -1)
-    images = TensorImages(samples, torch.zeros(40).long(), seed, 2, True)
-    return _all(images, epoch)[0].tolist()
-
-
-def test_changes_of_seeds_and_epochs_have_nothing_in_common() -> None:
-    streams = [_hows(seed, epoch) for seed in range(4) for epoch in range(4)]
-    for number, stream in enumerate(streams):
-        for other in streams[:number]:
-            # Two that are independent agree in one of 50 images.
-            assert sum(one == two for one, two in zip(stream, other, strict=True)) < 10
-
-
-def test_none_of_the_images_can_be_asked_for() -> None:
-    images, labels = _images(2, True).__getitems__([])
-    assert (images.shape, images.dtype) == ((0, 2, 5, 7), torch.uint8)
-    assert (labels.shape, labels.dtype) == ((0,), torch.int64)
-
-
-# MNIST's format.
-
-
-def _idx(array: Bytes) -> bytes:
-    return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
-
-
-def _write_mnist(directory: Path, train: int = 30, test: int = 10) -> dict[str, Bytes]:
-    directory.mkdir(exist_ok=True)
-    arrays: dict[str, Bytes] = {}
-    for part, count in (("train", train), ("t10k", test)):
-        arrays[f"{part}-images-idx3-ubyte"] = _bytes(count, 6, 5)
-        arrays[f"{part}-labels-idx1-ubyte"] = _bytes(count) % 10
-    for name, array in arrays.items():
-        (directory / name).write_bytes(_idx(array))
-    return arrays
-
-
-def _mnist(path: Path, crop_padding: int = 0, flip: bool = False) -> MnistConfig:
-    return MnistConfig(
-        batch_size=4, workers=0, path=str(path), crop_padding=crop_padding, flip=flip
-    )
-
-
-def _keep(file: Path) -> None:
-    pass
-
-
-def _zip(file: Path) -> None:
-    file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
-    file.unlink()
-
-
-def _dot(file: Path) -> None:
-    file.rename(file.with_name(file.name.replace("-idx", ".idx")))
-
-
-@pytest.mark.parametrize("change", [_keep, _zip, _dot])
-def test_mnist_is_read_under_every_name_it_goes_by(
-    tmp_path: Path, change: Callable[[Path], None]
-) -> None:
-    arrays = _write_mnist(tmp_path)
-    for file in list(tmp_path.iterdir()):
-        change(file)
-    dataset = load_dataset(_mnist(tmp_path), seed=0)
-    for part, samples in (("train", dataset.train), ("t10k", dataset.test)):
-        images, labels = _all(samples)
-        assert np.array_equal(images.squeeze(1).numpy(), arrays[f"{part}-images-idx3-ubyte"])
-        assert labels.tolist() == arrays[f"{part}-labels-idx1-ubyte"].tolist()
-        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
-    assert dataset.input.shape == (1, 6, 5)
-    assert dataset.classes == tuple("0123456789")
-    _assert_standardised(dataset)
-
-
-def test_only_training_images_are_changed_and_by_the_seed(tmp_path: Path) -> None:
-    arrays = _write_mnist(tmp_path)
-    one, other = (load_dataset(_mnist(tmp_path, 2, True), seed=seed) for seed in (0, 1))
-    assert not torch.equal(_all(one.train, 0)[0], _all(one.train, 1)[0])
-    assert not torch.equal(_all(one.train)[0], _all(other.train)[0])
-    stored = torch.from_numpy(arrays["t10k-images-idx3-ubyte"]).unsqueeze(1)
-    assert torch.equal(_all(one.test, 0)[0], stored)
-    assert torch.equal(_all(one.test, 1)[0], stored)
-    # What is measured is the data, and not what chance makes of it.
-    assert one.preprocessing == load_dataset(_mnist(tmp_path), seed=0).preprocessing
-
-
-def _damaged_gzip(content: bytes) -> bytes:
-    return gzip.compress(content)[:10] + b"\xff" * 100
-
-
-@pytest.mark.parametrize(
-    ("suffix", "damage"),
-    [
-        ("", lambda content: content[:-1]),
-        ("", lambda content: content[:16]),
-        ("", lambda content: content[:7]),
-        ("", lambda content: b""),
-        ("", lambda content: content + b"x"),
-        ("", lambda content: b"\0\0\x08\x01" + content[4:]),  # one dimension
-        ("", lambda content: b"\0\0\x0d\x03" + content[4:]),  # of float32
-        ("", lambda content: b"\x89PNG" + content),
-        ("", gzip.compress),  # not under a name that says so
-        (".gz", lambda content: content),
-        (".gz", lambda content: gzip.compress(content)[:-20]),
-        (".gz", _damaged_gzip),
-    ],
-)  # fmt: skip
-def test_damaged_or_foreign_file_is_named(
-    tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
-) -> None:
-    _write_mnist(tmp_path)
-    file = tmp_path / "train-images-idx3-ubyte"
-    content = file.read_bytes()
-    file.unlink()
-    file = file.with_name(file.name + suffix)
-    file.write_bytes(damage(content))
-    with pytest.raises(ConfigError, match=f"{file}.*get it again"):
-        load_dataset(_mnist(tmp_path), seed=0)
-
-
-def test_images_and_labels_must_be_as_many(tmp_path: Path) -> None:
-    _write_mnist(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(_idx(_bytes(9) % 10))
-    with pytest.raises(ConfigError, match=r"has 10 images, but t10k-labels-idx1-ubyte 9 labels"):
-        load_dataset(_mnist(tmp_path), seed=0)
-
-
-def test_labels_must_be_of_a_class(tmp_path: Path) -> None:
-    _write_mnist(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(_idx(np.full(10, 25, np.uint8)))
-    with pytest.raises(ConfigError, match=r"t10k-labels-idx1-ubyte.* 25"):
-        load_dataset(_mnist(tmp_path), seed=0)
-
-
-def test_missing_file_of_mnist_is_named_with_where_to_get_it(tmp_path: Path) -> None:
-    _write_mnist(tmp_path)
-    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(ConfigError, match=rf"data.path={tmp_path}: .*t10k-labels.*cvdfoundation"):
-        load_dataset(_mnist(tmp_path), seed=0)
-
-
-def _fashion(path: Path) -> FashionMnistConfig:
-    return FashionMnistConfig(batch_size=4, workers=0, path=str(path), crop_padding=0, flip=True)
-
-
-def test_missing_fashion_mnist_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.path=.*package dataset-fashion-mnist.*github"):
-        load_dataset(_fashion(tmp_path / "nowhere"), seed=0)
-
-
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
-def test_fashion_mnist_of_debian_is_the_published_one() -> None:
-    dataset = load_dataset(_fashion(DEBIAN), seed=0)
-    assert (len(dataset.train), len(dataset.test)) == (60000, 10000)
-    assert dataset.input.shape == (1, 28, 28)
-    # As its authors and everybody since have them.
-    assert dataset.preprocessing.mean == pytest.approx((0.2860,), abs=5e-5)
-    assert dataset.preprocessing.std == pytest.approx((0.3530,), abs=5e-5)
-    labels = dataset.train.__getitems__([(0, index) for index in range(60000)])[1]
-    assert torch.bincount(labels).tolist() == [6000] * 10
-    assert dataset.classes == FASHION_CLASSES
-    assert dataset.classes[int(labels[0])] == "Ankle boot"
-
-
-# CIFAR-10.
-
-
-def _write_cifar(root: Path) -> tuple[Bytes, list[int]]:
-    """Write a CIFAR-10 of 3 images a file; return the training images and labels."""
-    directory = root / "cifar-10-batches-py"
-    directory.mkdir(parents=True)
-    pixels, labels = _bytes(15, 3, 32, 32), [number % 10 for number in range(15)]
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    for number, name in enumerate(names):
-        part = slice(3 * number, 3 * number + 3)
-        content = {"data": pixels[part].reshape(3, -1), "labels": labels[part]}
-        (directory / name).write_bytes(pickle.dumps(content))
-    content = {"data": _bytes(3, 3072), "labels": [7, 8, 9]}
-    (directory / "test_batch").write_bytes(pickle.dumps(content))
-    classes = [f"class {number}" for number in range(10)]
-    (directory / "batches.meta").write_bytes(pickle.dumps({"label_names": classes}))
-    return pixels, labels
-
-
-def _trust_cifar(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the files there the ones that were published."""
-    from torchvision.datasets import CIFAR10
-
-    def entry(name: str) -> list[str]:
-        # Not for security: it is what torchvision compares.
-        return [name, hashlib.md5((directory / name).read_bytes()).hexdigest()]
-
-    names = [f"data_batch_{number}" for number in range(1, 6)]
-    monkeypatch.setattr(CIFAR10, "train_list", [entry(name) for name in names])
-    monkeypatch.setattr(CIFAR10, "test_list", [entry("test_batch")])
-    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": entry("batches.meta")[1]})
-
-
-def _cifar(path: Path) -> CifarConfig:
-    return CifarConfig(batch_size=4, workers=0, path=str(path), crop_padding=0, flip=False)
-
-
-@pytest.mark.parametrize("part", ["", "cifar-10-batches-py"])
-def test_cifar10_is_read_by_its_directory_or_the_one_above(
-    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pixels, labels = _write_cifar(tmp_path)
-    _trust_cifar(tmp_path / "cifar-10-batches-py", monkeypatch)
-    dataset = load_dataset(_cifar(tmp_path / part), seed=0)
-    images, found = _all(dataset.train)
-    assert np.array_equal(images.numpy(), pixels)
-    assert found.tolist() == labels
-    assert _all(dataset.test)[1].tolist() == [7, 8, 9]
-    assert dataset.input.shape == (3, 32, 32)
-    assert dataset.classes == tuple(f"class {number}" for number in range(10))
-    _assert_standardised(dataset)
-
-
-class _Evil:
-    """What does something when it is unpickled."""
-
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.proof,)
-
-
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_changed_file_of_cifar10_is_refused_before_it_is_unpickled(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _write_cifar(tmp_path)
-    directory, proof = tmp_path / "cifar-10-batches-py", tmp_path / "proof"
-    _trust_cifar(directory, monkeypatch)
-    (directory / name).write_bytes(pickle.dumps(_Evil(proof)))
-    with pytest.raises(ConfigError, match=r"data.path=.*no intact CIFAR-10"):
-        load_dataset(_cifar(directory), seed=0)
-    assert not proof.exists()
-
-
-def test_missing_cifar10_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.path=.*nowhere: .*data_batch_1.*https://www.cs"):
-        load_dataset(_cifar(tmp_path / "nowhere"), seed=0)
-
-
-# Images in folders.
-
-
-def _save(file: Path, pixels: Bytes) -> None:
-    from PIL import Image
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(file)
-
-
-def _folder(path: Path, **changes: Any) -> FolderConfig:
-    values: dict[str, Any] = {"size": 16, "flip": False, "crop_scale_min": 1.0, "workers": 0}
-    return FolderConfig(batch_size=2, path=str(path), **(values | changes))
-
-
-def _write_folder(path: Path, held_out: str = "test", count: int = 3) -> dict[str, Bytes]:
-    """Write square images of two classes; return those for training by their names."""
-    written: dict[str, Bytes] = {}
-    for name in ("cat", "dog"):
-        for number in range(count):
-            written[f"{name}{number}"] = _bytes(16, 16, 3)
-            _save(path / "train" / name / f"{number}.png", written[f"{name}{number}"])
-        _save(path / held_out / name / "0.png", _bytes(16, 16, 3))
-    return written
-
-
-def _as_array(image: Tensor) -> Bytes:
-    return image.permute(1, 2, 0).numpy()
-
-
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_folders_are_classes(tmp_path: Path, held_out: str) -> None:
-    written = _write_folder(tmp_path, held_out)
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
-    dataset = load_dataset(_folder(tmp_path), seed=0)
-    images, labels = _all(dataset.train)
-    assert dataset.classes == ("cat", "dog")
-    assert (labels.tolist(), labels.dtype) == ([0, 0, 0, 1, 1, 1], torch.int64)
-    assert len(dataset.test) == 2
-    assert dataset.input.shape == (3, 16, 16)
-    # Of a square image, a crop of its whole area is the image.
-    assert images.dtype == torch.uint8
-    for image, pixels in zip(images, written.values(), strict=True):
-        assert np.array_equal(_as_array(image), pixels)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
-def test_images_of_other_modes_become_rgb(tmp_path: Path, mode: str) -> None:
-    from PIL import Image
-
-    _write_folder(tmp_path)
-    image = Image.fromarray(_bytes(16, 16, 3)).convert(mode)
-    image.save(tmp_path / "train" / "cat" / "0.png")
-    images, _ = _all(load_dataset(_folder(tmp_path), seed=0).train)
-    assert np.array_equal(_as_array(images[0]), np.asarray(image.convert("RGB")))
-
-
-@pytest.mark.parametrize("upright", [True, False])
-def test_test_images_are_the_middle_of_the_resized_image(tmp_path: Path, upright: bool) -> None:
-    _write_folder(tmp_path)
-    pixels = _bytes(16, 26, 3)
-    middle = pixels[:, 5:21]
-    if upright:
-        pixels, middle = pixels.transpose(1, 0, 2).copy(), middle.transpose(1, 0, 2)
-    _save(tmp_path / "test" / "cat" / "0.png", pixels)
-    # Flat areas stay what they are when they become smaller.
-    flat = np.repeat(np.repeat(np.array([[10, 200], [90, 50]], np.uint8), 64, 0), 64, 1)
-    _save(tmp_path / "test" / "dog" / "0.png", np.stack([flat] * 3, 2))
-    dataset = load_dataset(_folder(tmp_path, flip=True, crop_scale_min=0.1), seed=0)
-    for epoch in range(3):
-        images, _ = _all(dataset.test, epoch)
-        assert np.array_equal(_as_array(images[0]), middle)
-        assert images[1, 0, ::15, ::15].tolist() == [[10, 200], [90, 50]]
-
-
-def test_training_images_are_mirrored_half_of_the_time_if_at_all(tmp_path: Path) -> None:
-    pixels = _write_folder(tmp_path)["cat0"]
-    mirrored: list[bool] = []
-    samples = load_dataset(_folder(tmp_path, flip=True), seed=0).train
-    for epoch in range(200):
-        image = _as_array(samples.__getitems__([(epoch, 0)])[0][0])
-        mirrored.append(not np.array_equal(image, pixels))
-        assert np.array_equal(image, pixels[:, ::-1] if mirrored[-1] else pixels)
-    assert 65 <= sum(mirrored) <= 135  # five deviations
-
-
-def test_training_sees_random_parts_of_the_configured_area(tmp_path: Path) -> None:
-    _write_folder(tmp_path)
-    # A pixel tells where it is, so that a part tells which.
-    rows, columns = np.mgrid[0:64, 0:64].astype(np.uint8)
-    _save(tmp_path / "train" / "cat" / "0.png", np.stack([rows, columns, rows], 2))
-    samples = load_dataset(_folder(tmp_path, size=64, crop_scale_min=0.3), seed=0).train
-    areas: list[float] = []
-    for epoch in range(100):
-        image = samples.__getitems__([(epoch, 0)])[0][0].double()
-        height, width = (float(channel.max() - channel.min()) + 1 for channel in image[:2])
-        areas.append(height * width / 64**2)
-        # A pixel more or less for rounding, and one for interpolation at the edges.
-        assert (width + 2) / (height - 2) > 3 / 4
-        assert (width - 2) / (height + 2) < 4 / 3
-        assert torch.all(image[0].diff(dim=0) >= 0)
-    assert 0.25 < min(areas) < 0.4
-    assert 0.85 < max(areas) <= 1
-    assert len(set(areas)) > 50
-
-
-def test_part_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
-    _write_folder(tmp_path)
-    config = _folder(tmp_path, flip=True, crop_scale_min=0.2)
-    samples = load_dataset(config, seed=0).train
-    state = torch.get_rng_state()
-    whole = torch.stack([_all(samples, epoch)[0] for epoch in range(2)])
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(whole[0], whole[1])
-    assert not torch.equal(_all(load_dataset(config, seed=1).train)[0], whole[0])
-    keys: list[Key] = [(1, 4), (0, 2), (0, 0), (1, 4), (1, 5)]
-    images, labels = samples.__getitems__(keys)
-    assert torch.equal(images, torch.stack([whole[key] for key in keys]))
-    assert labels.tolist() == [1, 0, 0, 1, 1]
-    with loading(samples, [keys[:2], [], keys[2:]], workers=2) as loader:
-        assert torch.equal(torch.cat([loaded for loaded, _ in loader]), images)
-
-
-def test_loading_images_leaves_the_generators_of_gpus_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _write_folder(tmp_path)
-    seeded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    _all(load_dataset(_folder(tmp_path, flip=True), seed=0).train)
-    assert seeded == []
-
-
-def test_none_of_the_files_can_be_asked_for(tmp_path: Path) -> None:
-    _write_folder(tmp_path)
-    images, labels = load_dataset(_folder(tmp_path), seed=0).train.__getitems__([])
-    assert (images.shape, images.dtype) == ((0, 3, 16, 16), torch.uint8)
-    assert (labels.shape, labels.dtype) == ((0,), torch.int64)
-
-
-def _cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:200])
-
-
-def _empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def _remove(file: Path) -> None:
-    file.unlink()
-
-
-def _huge(file: Path) -> None:
-    """Claim more pixels than Pillow reads, for fear of what they take."""
-    content = bytearray(file.read_bytes())
-    content[16:24] = struct.pack(">2I", 60000, 60000)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _cut,
-        _empty,
-        _remove,
-        _huge,
-    ],
-)
-def test_image_that_cannot_be_read_is_named(
-    tmp_path: Path, damage: Callable[[Path], None], workers: int
-) -> None:
-    _write_folder(tmp_path)
-    samples = load_dataset(_folder(tmp_path), seed=0).train
-    file = tmp_path / "train" / "dog" / "1.png"
-    damage(file)
-    with (
-        loading(samples, [[(0, 0)], [(0, 3), (0, 4)]], workers) as loader,
-        pytest.raises(ConfigError, match=f"cannot read the image {file}"),
-    ):
-        list(loader)
-
-
-def test_classes_must_be_the_same_in_both_splits(tmp_path: Path) -> None:
-    _write_folder(tmp_path)
-    _save(tmp_path / "test" / "horse" / "0.png", _bytes(16, 16, 3))
-    with pytest.raises(ConfigError, match=rf"data.path={tmp_path}: horse is in .*same classes"):
-        load_dataset(_folder(tmp_path), seed=0)
-
-
-def _no_train(path: Path) -> None:
-    (path / "train").rename(path / "training")
-
-
-def _no_test(path: Path) -> None:
-    (path / "test").rename(path / "testing")
-
-
-def _no_image(path: Path) -> None:
-    for file in (path / "train" / "dog").iterdir():
-        file.unlink()
-
-
-def _file_for_folder(path: Path) -> None:
-    _no_train(path)
-    (path / "train").touch()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _no_train,
-        _no_test,
-        _no_image,
-        _file_for_folder,
-    ],
-)
-def test_folders_that_are_not_there_are_explained(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    _write_folder(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ConfigError, match=rf"data.path={tmp_path}: there must be .*/train/CLASS"):
-        load_dataset(_folder(tmp_path), seed=0)
+    assert_standardised(dataset)
 
 
 # Synthetic images.
 
 
+def _synthetic(
+    samples: int = 200, test_samples: int = 100, channels: int = 3, classes: int = 7
+) -> SyntheticConfig:
+    return SyntheticConfig(
+        batch_size=4,
+        workers=0,
+        samples=samples,
+        test_samples=test_samples,
+        channels=channels,
+        size=8,
+        classes=classes,
+    )
+
+
 def test_synthetic_images_are_the_same_for_every_seed_and_can_be_told_apart() -> None:
     one, other = (load_dataset(_synthetic(), seed=seed) for seed in (0, 1))
-    images, labels = _all(one.train)
-    assert torch.equal(images, _all(other.train)[0])
+    images, labels = fetch_all(one.train)
+    assert torch.equal(images, fetch_all(other.train)[0])
     assert (images.shape, images.dtype) == ((200, 3, 8, 8), torch.uint8)
     assert set(torch.bincount(labels).tolist()) <= {28, 29}
     means = torch.stack([images[labels == each].double().mean(0) for each in range(7)])
-    test_images, test_labels = _all(one.test)
+    test_images, test_labels = fetch_all(one.test)
     nearest = torch.cdist(test_images.double().flatten(1), means.flatten(1)).argmin(1)
     assert (nearest == test_labels).double().mean() > 0.95
     # No sample's class can be read from one pixel, or there would be nothing to learn.
     one_pixel = (test_images.double() - means[:, None]).abs().argmin(0)
     assert (one_pixel == test_labels.view(-1, 1, 1, 1)).double().mean() < 0.3
-    _assert_standardised(one)
+    assert_standardised(one)
 
 
 @pytest.mark.parametrize(("samples", "channels", "classes"), [(1, 1, 5), (3, 4, 2)])
 def test_synthetic_images_come_in_any_shape(samples: int, channels: int, classes: int) -> None:
     config = _synthetic(samples=samples, channels=channels, classes=classes, test_samples=2)
     dataset = load_dataset(config, seed=0)
-    assert _all(dataset.train)[0].shape == (samples, channels, 8, 8)
-    assert len(_all(dataset.test)[1]) == 2
+    assert fetch_all(dataset.train)[0].shape == (samples, channels, 8, 8)
+    assert len(fetch_all(dataset.test)[1]) == 2
     assert len(dataset.classes) == classes
 
 
@@ -746,3 +146,103 @@ def test_factory_is_called_with_its_arguments() -> None:
 def test_factory_that_gives_no_data_set_is_explained(factory: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"^data.factory={factory} {problem}"):
         load_dataset(_custom(factory), seed=0)
+
+
+# Whether the parts fit each other.
+
+
+class Samples:
+    """Three samples that are as somebody else's code has them."""
+
+    def __init__(self, samples: Tensor, labels: Tensor, empty: Any = None) -> None:
+        self.samples = samples
+        self.labels = labels
+        self.empty = empty
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        if not keys and self.empty is not None:
+            return self.empty()
+        indices = torch.tensor([index for _, index in keys], dtype=torch.int64)
+        return self.samples[indices], self.labels[indices]
+
+
+def _made(**changes: Any) -> Dataset:
+    samples = Samples(torch.zeros(3, 2, 4), torch.tensor([0, 1, 1]))
+    dataset = Dataset(
+        train=samples,
+        test=samples,
+        classes=("no", "yes"),
+        input=InputSpec(name="signal", shape=(2, 4), dtype="float32"),
+        preprocessing=Preprocessing(scale=1, mean=(0, 0), std=(1, 1)),
+    )
+    return dataclasses.replace(dataset, **changes)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Dataset], Dataset]:
+    def load(dataset: Dataset) -> Dataset:
+        module = ModuleType("my_data")
+        vars(module)["make"] = lambda **_: dataset  # pyright: ignore[reportUnknownLambdaType] -- takes whatever it is given
+        monkeypatch.setitem(sys.modules, "my_data", module)
+        return load_dataset(_custom("my_data:make"), seed=0)
+
+    return load
+
+
+def _no_stack() -> Batch:
+    return torch.stack([]), torch.tensor([])
+
+
+LABELS = torch.tensor([0, 1, 1])
+FIT = torch.zeros(3, 2, 4)
+
+
+def test_a_data_set_need_not_be_of_images(load: Callable[[Dataset], Dataset]) -> None:
+    dataset = _made()
+    assert load(dataset) is dataset
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"preprocessing": Preprocessing(scale=1, mean=(0,), std=(1, 1))},
+         r"preprocessing has 1 means and 2 deviations; input\.shape=\(2, 4\) needs 2 of each"),
+        ({"classes": ()}, r"classes is \(\); it must be a tuple of names"),
+        ({"classes": ["no", "yes"]}, r"classes is \['no', 'yes'\]; it must be a tuple of names"),
+        ({"classes": (0, 1)}, r"classes is \(0, 1\); it must be a tuple of names"),
+        ({"train": Samples(FIT[:0], LABELS[:0])}, "train has no samples; it needs at least one"),
+        ({"test": Samples(FIT[:0], LABELS[:0])}, "test has no samples; it needs at least one"),
+        ({"train": Samples(torch.zeros(3, 3, 4), LABELS)},
+         r"train.*\(2, 3, 4\).*must return samples of shape \(2, 2, 4\)"),
+        ({"test": Samples(torch.zeros(3, 2, 5), LABELS)}, r"test.*\(2, 2, 5\).*\(2, 2, 4\)"),
+        ({"train": Samples(FIT, LABELS.int())}, r"train.*torch\.int32.*dtype torch\.int64"),
+        ({"train": Samples(FIT, LABELS[:, None])}, r"train.*labels of shape \(2,\)"),
+        ({"train": Samples(FIT, LABELS[:2])},
+         r"train.__getitems__\(\[\(0, 0\), \(0, 2\)\]\) failed: IndexError"),
+        ({"train": Samples(FIT, LABELS, _no_stack)},
+         r"train.__getitems__\(\[\]\) failed: RuntimeError.*for any number of keys, also none"),
+        ({"train": Samples(FIT, LABELS, lambda: 3)}, r"train.__getitems__\(\[\]\) failed: TypeError"),
+        ({"train": Samples(FIT, LABELS, lambda: (FIT[:0],) * 3)}, r"train.* and .* and .*must"),
+        ({"test": Samples(FIT, LABELS + 1)}, "test has the label 2, but there are 2 classes; .*1$"),
+        ({"test": Samples(FIT, LABELS - 1)}, "test has the label -1, but there are 2 classes"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_said_before_training(
+    load: Callable[[Dataset], Dataset], changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^data.factory=my_data:make: {problem}"):
+        load(_made(**changes))
+
+
+def test_all_labels_in_memory_are_looked_at(load: Callable[[Dataset], Dataset]) -> None:
+    labels = torch.tensor([0, 7, 1])
+    dataset = _made(
+        train=TensorImages(torch.zeros(3, 2, 4, 4), labels),
+        test=TensorImages(torch.zeros(3, 2, 4, 4), labels % 2),
+        input=InputSpec(name="image", shape=(2, 4, 4), dtype="float32"),
+    )
+    with pytest.raises(ConfigError, match="train has the label 7, but there are 2 classes"):
+        load(dataset)

@@ -11,9 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from syncbn.train.sampling import Batch, Key, Samples, TrainingShare, held_out_batches, make_loader
+from syncbn.errors import ConfigError, SyncBNError, TrainingError
+from syncbn.train.sampling import (
+    Batch,
+    Key,
+    Loader,
+    Samples,
+    TrainingShare,
+    held_out_batches,
+    make_loader,
+)
 from tests.support.jobs import is_alive, wait_until
 from tests.support.world import CONTEXT
 
@@ -143,7 +151,7 @@ def test_evaluation_counts_every_sample_once(size: int, world_size: int) -> None
 
 
 @contextmanager
-def loading(samples: Samples, batches: Any, workers: int) -> Generator["DataLoader[Batch]"]:
+def loading(samples: Samples, batches: Any, workers: int) -> Generator[Loader]:
     """Yield a loader; end its workers as its deletion would, and see that they do end."""
     loader = make_loader(samples, batches, workers, pinned=False)
     try:
@@ -151,12 +159,17 @@ def loading(samples: Samples, batches: Any, workers: int) -> Generator["DataLoad
     finally:
         pids = _worker_pids(loader)
         if pids:
-            vars(loader)["_iterator"]._shutdown_workers()
+            _iterator(loader)._shutdown_workers()
         wait_until(lambda: not any(map(is_alive, pids)), timeout_s=10)
 
 
-def _worker_pids(loader: "DataLoader[Batch]") -> list[int]:
-    return [process.pid for process in getattr(vars(loader)["_iterator"], "_workers", [])]
+def _iterator(loader: Loader) -> Any:
+    """Return torch's iterator that has the workers, or None."""
+    return vars(vars(loader)["_loader"])["_iterator"]
+
+
+def _worker_pids(loader: Loader) -> list[int]:
+    return [process.pid for process in getattr(_iterator(loader), "_workers", [])]
 
 
 def _keys(batches: list[Batch]) -> list[list[Key]]:
@@ -240,6 +253,61 @@ def test_dead_worker_is_an_error_and_no_hang() -> None:
     ):
         list(loader)
     assert time.monotonic() - began < 30
+
+
+class Raising(Numbered):
+    """Samples of which one raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(8)
+        self.error = error
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        if (0, 3) in keys:
+            raise self.error
+        return super().__getitems__(keys)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [ConfigError, TrainingError])
+def test_an_error_of_ours_says_the_same_whichever_process_raises_it(
+    kind: type[SyncBNError], workers: int
+) -> None:
+    batches = held_out_batches(8, 1, 0, 1)
+    with loading(Raising(kind("what is wrong")), batches, workers) as loader:
+        batch = iter(loader)
+        assert _keys([next(batch) for _ in range(3)]) == batches[:3]
+        with pytest.raises(kind, match=r"^what is wrong$"):
+            next(batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_that_is_not_ours_keeps_its_type(workers: int) -> None:
+    samples = Raising(ZeroDivisionError("somebody else's"))
+    with (
+        loading(samples, held_out_batches(8, 1, 0, 1), workers) as loader,
+        pytest.raises(ZeroDivisionError, match="somebody else's"),
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_a_worker_that_does_not_answer_is_told_from_a_broken_network(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a worker that was killed, it is chance what torch sees first."""
+
+    def reset(*_: object) -> None:
+        raise error("by peer")
+
+    with loading(Numbered(8), held_out_batches(8, 1, 0, 1), 1) as loader:
+        list(loader)
+        monkeypatch.setattr(type(_iterator(loader)), "_next_data", reset)
+        with pytest.raises(RuntimeError, match=r"^a DataLoader worker does not .*data\.workers"):
+            list(loader)
+    alone = make_loader(Raising(error("of its own")), held_out_batches(8, 1, 0, 1), 0, False)
+    with pytest.raises(error, match="of its own"):
+        list(alone)
 
 
 class Slow(Numbered):
