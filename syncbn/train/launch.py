@@ -99,8 +99,11 @@ def _train(composed: DictConfig) -> float | None:
     """Run one job and return its validation error, which a sweep may minimise."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return be_sweep_job(composed, launch)
-    config = to_config(composed)
-    run = open_run_directory(config)
+    try:
+        config = to_config(composed)
+        run = open_run_directory(config)
+    except ConfigError as error:  # here, or Hydra would add words of its own
+        _fail(error, 2)
     result = launch(run, config.launch)
     if result.status == "interrupted":
         raise SystemExit(result.exit_code)
