@@ -34,3 +34,7 @@ class ConfigError(SyncBNError, ValueError):
 
 class TrainingError(SyncBNError, RuntimeError):
     """A training job started and did not finish."""
+
+
+class DataError(SyncBNError, RuntimeError):
+    """A sample cannot be read while a job trains, on one rank alone."""

@@ -1,5 +1,6 @@
 """The training loop: what every rank does between joining the process group and leaving it."""
 
+import itertools
 import logging
 import math
 import signal
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.collectives import select_reducer
-from syncbn.errors import SyncBNError, TrainingError
+from syncbn.errors import DataError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, CheckpointWriter, Position, read_newest
 from syncbn.train.data import load_dataset
 from syncbn.train.export import export
@@ -63,6 +64,7 @@ def train(
         ConfigError: the data or the model cannot be had as configured, on every rank.
         TrainingError: a loss is not finite any more, or a file cannot be written or read, on every
             rank.
+        DataError: a sample cannot be read, on this rank alone.
     """
     return _Loop(config, run, device, watch).train()
 
@@ -335,7 +337,9 @@ class _Loop:
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         with torch.inference_mode():
-            for samples, labels in self.test_loader:
+            batches = iter(self.test_loader)
+            while batch := _next(batches, 1):
+                ((samples, labels),) = batch
                 self.watch.at(self.position.step, "evaluating")
                 with self.training.autocast():
                     logits: Tensor = model(self._inputs(samples)).float()
@@ -481,7 +485,10 @@ def together(work: Callable[[], T]) -> T:
 
 def _next(batches: Iterator[Batch], count: int) -> list[Batch]:
     """Return the next batches, fewer where an epoch ends."""
-    return [batch for _, batch in zip(range(count), batches, strict=False)]
+    try:
+        return list(itertools.islice(batches, count))
+    except SyncBNError as error:  # this rank's alone, unlike what `together` raises
+        raise DataError(str(error)) from error
 
 
 def _quality(metrics: dict[str, float]) -> tuple[float, float]:

@@ -321,7 +321,7 @@ class TrainConfig:
     """A whole job: see conf/config.yaml."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)]
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     epochs: PositiveInt
     max_steps: PositiveInt | None
     log_every_steps: PositiveInt

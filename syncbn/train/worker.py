@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import sys
@@ -22,7 +23,7 @@ from torch.distributed import (
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
-from syncbn.errors import ConfigError, ReplicaError, SyncBNError, TrainingError
+from syncbn.errors import ConfigError, DataError, ReplicaError, SyncBNError, TrainingError
 from syncbn.train.config import compose_config, from_yaml, to_yaml
 from syncbn.train.loop import train
 from syncbn.train.rendezvous import agree, prefixed
@@ -172,13 +173,19 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         elif others and watch.stop_signal:
             reason, known = "another rank failed", False  # as whoever stopped this one will say
         else:
-            log.exception("rank %d failed", rank)
-            reason = f"rank {rank} failed: {type(error).__name__}: {error}"
+            reason = f"rank {rank} failed: {error}"
+            if isinstance(error, DataError):
+                log.error("%s", reason)
+            else:
+                log.exception("rank %d failed", rank)
+                reason = f"rank {rank} failed: {type(error).__name__}: {error}"
         if rank == 0 and known:
             _record(run, Result("failed", reason, {}, 0, 1))
         raise TrainingError(reason) from error
     finally:
         watch.end()
+        for loader_worker in multiprocessing.active_children():
+            loader_worker.kill()  # they ignore what Python would end them by, and wait for
         dist.destroy_process_group()
     if rank == 0 and result.status == "finished":
         print(summarise(run.path))

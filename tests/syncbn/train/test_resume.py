@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from syncbn.train.checkpoint import checkpoint_files, read_newest
@@ -193,3 +194,22 @@ def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
         assert "rank 1 hangs, in forward and backward at step 8, and is ended" in output
         assert 'test_resume.py", line' in output
         assert "in forward" in output
+
+
+def test_image_that_one_rank_cannot_read_is_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(8):
+                file = tmp_path / "images" / split / label / f"{number}.png"
+                Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(file)
+    broken = tmp_path / "images" / "train" / "b" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    overrides = ["data=folder", f"data.path={tmp_path / 'images'}", "data.size=8"]
+    started = time.monotonic()
+    job = Job(tmp_path / "run", *overrides, "data.workers=1", "data.batch_size=2")
+    assert job.wait() == 1
+    assert time.monotonic() - started < 30
+    result = job.run.read_result()
+    assert result is not None
+    assert f"cannot read the image {broken}" in str(result.error)
