@@ -123,6 +123,13 @@ def outcome(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def whole_outcome(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    """Return the outcome of a job that nobody stops."""
+    job = Job(run_dir, *overrides)
+    assert job.wait() == 0, Path(f"{run_dir}.out").read_text()
+    return outcome(job.run)
+
+
 def _timeless(line: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in line.items() if key != "images_per_s"}
 

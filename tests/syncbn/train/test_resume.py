@@ -1,10 +1,9 @@
-"""Runs that are killed at any instant end as if they had not been."""
+"""What ends a run before its time, and how it goes on."""
 
 import os
-import random
+import re
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,60 +12,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from syncbn.train.checkpoint import checkpoint_files, read_newest
-from tests.support.jobs import Job, is_alive, outcome, wait_until
+from tests.support.jobs import Job, is_alive, outcome, wait_until, whole_outcome
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 
 SHORT = ("epochs=3", "log_every_steps=1", "checkpoint.every_steps=4", "optim.accumulate=2")
-# Everything that a step may depend on and a checkpoint must hold.
-FULL = (*SHORT, "optim.ema_decay=0.9", "optim.clip_norm=1", "schedule=one_cycle", "optim=adamw")
-
-
-def _whole(run_dir: Path, *overrides: str) -> dict[str, object]:
-    job = Job(run_dir, *overrides)
-    assert job.wait() == 0, Path(f"{run_dir}.out").read_text()
-    return outcome(job.run)
-
-
-@pytest.mark.parametrize(("nproc", "kills"), [(2, 20), (4, 4)])
-def test_run_killed_at_random_instants_ends_bit_identical(
-    tmp_path: Path, nproc: int, kills: int
-) -> None:
-    overrides = (*FULL, f"launch.nproc={nproc}")
-    whole = _whole(tmp_path / "whole", *overrides)
-    started = time.monotonic()
-    assert _whole(tmp_path / "again", *overrides) == whole
-    duration_s = time.monotonic() - started
-    chance = random.Random(nproc)
-    killed = number = 0
-    while killed < kills:
-        run_dir = tmp_path / f"killed-{number}"
-        job = Job(run_dir, *overrides)
-        # From before the ranks are there to after the last step.
-        job.agent.join(chance.uniform(0.2, 1) * duration_s)
-        if job.agent.exitcode is None:
-            killed += 1
-            ranks = job.ranks()
-            if ranks and chance.random() < 0.5:  # one rank; the agent ends the others
-                with suppress(ProcessLookupError):
-                    os.kill(chance.choice(ranks), signal.SIGKILL)
-                assert job.wait() in (0, 1)  # 0: its last act was done
-            else:
-                job.kill_all()
-        assert job.wait() in (0, 1, -signal.SIGKILL)
-        if _finished(job):
-            assert outcome(job.run) == whole
-            number += 1
-    assert _whole(tmp_path / f"killed-{number}", *overrides) == whole
-
-
-def _finished(job: Job) -> bool:
-    result = job.run.read_result()
-    return result is not None and result.status == "finished"
 
 
 def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(tmp_path: Path) -> None:
-    whole = _whole(tmp_path / "whole", *SHORT)
+    whole = whole_outcome(tmp_path / "whole", *SHORT)
     job = Job(tmp_path / "restarted", *SHORT, "launch.max_restarts=2")
     for step in (5, 20):
         wait_until(lambda step=step: len(_lines(job)) >= step)
@@ -84,7 +38,7 @@ def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     tmp_path: Path, number: signal.Signals, to: str
 ) -> None:
     overrides = ("epochs=2", "log_every_steps=1")
-    whole = _whole(tmp_path / "whole", *overrides)
+    whole = whole_outcome(tmp_path / "whole", *overrides)
     job = Job(tmp_path / "stopped", *overrides)
     wait_until(lambda: len(_lines(job)) >= 10)
     os.kill(job.agent.pid if to == "agent" else job.ranks()[1], number)
@@ -93,7 +47,7 @@ def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     assert result is not None
     assert (result.status, result.exit_code) == ("interrupted", 128 + number)
     assert result.error == f"stopped by {number.name} after step {len(_lines(job))}"
-    assert _whole(tmp_path / "stopped", *overrides) == whole
+    assert whole_outcome(tmp_path / "stopped", *overrides) == whole
 
 
 def test_ranks_end_with_a_checkpoint_when_the_launcher_is_gone(tmp_path: Path) -> None:
@@ -119,13 +73,13 @@ def test_ranks_end_by_themselves_when_the_agent_is_killed(tmp_path: Path) -> Non
 
 
 def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    whole = _whole(tmp_path / "whole", *SHORT)
+    whole = whole_outcome(tmp_path / "whole", *SHORT)
     job = Job(tmp_path / "damaged", *SHORT, "checkpoint.keep=3")
     wait_until(lambda: len(checkpoint_files(job.run.checkpoints_dir)) >= 2)
     job.kill_all()
     newest = checkpoint_files(job.run.checkpoints_dir)[0]
     newest.write_bytes(newest.read_bytes()[:-1])
-    resumed = _whole(tmp_path / "damaged", *SHORT, "checkpoint.keep=3")
+    resumed = whole_outcome(tmp_path / "damaged", *SHORT, "checkpoint.keep=3")
     assert resumed == whole
     assert f"{newest} is damaged" in job.run.log_file.read_text()
 
@@ -191,7 +145,8 @@ def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
     if kind == "stopped":
         assert "rank 1 is gone or stopped; it was last at step" in str(result.error)
     else:
-        assert "rank 1 hangs, in forward and backward at step 8, and is ended" in output
+        # Of itself, or because the others asked.
+        assert re.search("rank 1 hangs[:,] in forward and backward", output)
         assert 'test_resume.py", line' in output
         assert "in forward" in output
 
