@@ -87,8 +87,11 @@ def launch(run: RunDirectory, launch: LaunchConfig, more: bool = False) -> Resul
             _kill(agent)
     result = run.read_result()
     if result is None or (code != 0 and result.status == "finished"):
-        error = f"the ranks ended with exit code {code} and left no word"
-        result = Result("failed", error, {}, 0, code if code > 0 else 1)
+        if told:
+            result = Result("interrupted", "stopped before the first step", {}, 0, 128 + told[0])
+        else:
+            error = f"the ranks ended with exit code {code} and left no word"
+            result = Result("failed", error, {}, 0, code if code > 0 else 1)
         run.write_result(result)
     if told:
         raise SystemExit(128 + told[0])

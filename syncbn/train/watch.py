@@ -69,15 +69,22 @@ class Watch:
         self._teller = threading.Thread(target=self._tell, name="tell", daemon=True)
 
     def start(self) -> None:
-        """Begin, and from now on note the signals SIGTERM and SIGINT instead of ending by them."""
+        """Begin to tell where this rank is, and to end it where it hangs."""
         store_timeout = getattr(self._store, "set_timeout", None)
         if store_timeout is not None:
             store_timeout(_STORE_TIMEOUT)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
         self._answered_at = time.monotonic()
         self._thread.start()
         self._teller.start()
+
+    def heed_signals(self) -> None:
+        """Note the signals SIGTERM and SIGINT from now on instead of ending by them.
+
+        Not before the ranks have found each other: there is nothing to lose yet, and Python hears
+        of no signal while it waits in torch for a rank that does not come.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
 
     def end(self) -> None:
         """Stop watching, and let signals end the process again."""

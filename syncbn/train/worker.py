@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from syncbn.train.rendezvous import agree, prefixed
 from syncbn.train.report import summarise
 from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
 from syncbn.train.schema import Device, TrainConfig
-from syncbn.train.watch import Watch
+from syncbn.train.watch import STOP_SIGNALS, Watch
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
 def be_launched_rank(run_dir: str) -> int:
     """Be one rank of a job that `syncbn.train.agent` started, and return its exit code."""
     run = RunDirectory(Path(run_dir))
+    for number in STOP_SIGNALS:  # of the agent it has inherited what to do
+        signal.signal(number, signal.SIG_DFL)
     parent = os.getppid()
     code = _work(lambda: (run.read_config(), run))
     if os.getppid() != parent:  # torch would wait for the agent, for ever
@@ -153,6 +156,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    watch.heed_signals()
     try:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
