@@ -27,6 +27,7 @@ from syncbn.train.watch import STOP_SIGNALS
 
 _RENDEZVOUS_TIMEOUT_S = 60
 _POLL_S = 0.1
+_STUCK_S = 5
 
 
 def main() -> int:
@@ -58,7 +59,7 @@ def main() -> int:
         signals_to_handle="SIGQUIT",  # the others are passed on to the ranks, which stop in order
     )
     told: list[int] = []
-    _pass_signals_on(told)
+    _look_after_ranks(told, run)
     try:
         codes = elastic_launch(config, worker.be_launched_rank)(str(run.path))
     except ChildFailedError as error:
@@ -73,8 +74,12 @@ def main() -> int:
     return max(codes.values())
 
 
-def _pass_signals_on(told: list[int]) -> None:
-    """Tell each rank once to stop when this process is told, also those that start later."""
+def _look_after_ranks(told: list[int], run: RunDirectory) -> None:
+    """Tell each rank once to stop when this process is told, and end where torch waits for ever.
+
+    Torch waits for its ranks by an event, and setting it never returns where a rank was killed
+    while it waited for it: after all have done their work (torch 2.14).
+    """
     agent = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -85,17 +90,31 @@ def _pass_signals_on(told: list[int]) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, note)
 
-    def pass_on() -> None:
-        passed: set[int | None] = set()
+    def look() -> None:
+        passed: set[int] = set()
+        started: set[int] = set()
+        alive: set[int] = set()
+        since = time.monotonic()
         while True:
             time.sleep(_POLL_S)
-            for rank in multiprocessing.active_children() if told else ():
-                if rank.pid is not None and rank.pid not in passed:
-                    passed.add(rank.pid)
-                    with suppress(ProcessLookupError):
-                        os.kill(rank.pid, told[0])
+            found = {rank.pid for rank in multiprocessing.active_children() if rank.pid}
+            if found != alive:
+                alive, since = found, time.monotonic()
+            if alive - started:  # a new attempt
+                started = set(alive)
+            for rank in alive - passed if told else ():
+                passed.add(rank)
+                with suppress(ProcessLookupError):
+                    os.kill(rank, told[0])
+            if started - alive and time.monotonic() - since > _STUCK_S:
+                result = run.read_result()
+                if result is not None:
+                    for rank in alive:
+                        with suppress(ProcessLookupError):
+                            os.kill(rank, signal.SIGKILL)
+                    os._exit(result.exit_code)
 
-    threading.Thread(target=pass_on, name="signals", daemon=True).start()
+    threading.Thread(target=look, name="ranks", daemon=True).start()
 
 
 def _read_line() -> str:
