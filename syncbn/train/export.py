@@ -12,7 +12,7 @@ from syncbn.recalibrate import recalibrate
 from syncbn.train.checkpoint import BEST, read_checkpoint
 from syncbn.train.config import config_sha256
 from syncbn.train.data import Dataset
-from syncbn.train.report import plot_curves
+from syncbn.train.pictures import plot_curves
 from syncbn.train.run_directory import RunDirectory
 from syncbn.train.sampling import TrainingShare, make_loader
 from syncbn.train.schema import CustomModelConfig, NoNormConfig
