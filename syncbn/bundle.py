@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,11 +63,14 @@ class Preprocessing(_Part):
 
     def apply(self, x: Tensor) -> Tensor:
         """Return (x·scale − mean)/std for x of shape (N, C, *), in torch's default dtype."""
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        mean, std = (
-            torch.tensor(values, device=x.device).reshape(shape) for values in (self.mean, self.std)
-        )
-        return (x.to(mean.dtype) * self.scale - mean) / std
+        return self.prepared(x.dim(), x.device)(x)
+
+    def prepared(self, dim: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return `apply` for any number of tensors of one dimension and device."""
+        shape = (1, -1, *[1] * (dim - 2))
+        mean = torch.tensor(self.mean, device=device).reshape(shape)
+        std = torch.tensor(self.std, device=device).reshape(shape)
+        return lambda x: (x.to(mean.dtype) * self.scale - mean) / std
 
 
 class Weights(_Part):

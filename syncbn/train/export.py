@@ -46,9 +46,8 @@ def export(
         share.set_position(0)
 
         def forward(model: nn.Module, batch: Any) -> None:
-            inputs = dataset.preprocessing.apply(batch[0].to(training.device))
             with training.autocast():
-                model(training.placed(inputs))
+                model(training.inputs(batch[0]))
 
         layers = recalibrate(model, make_loader(dataset.train, share, 0, False), forward=forward)
         prefix = "" if training.average is None else "ema_"

@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -19,27 +19,23 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.collectives import select_reducer
-from syncbn.errors import DataError, SyncBNError, TrainingError
-from syncbn.train.checkpoint import Checkpoint, CheckpointWriter, Position, read_newest
+from syncbn.errors import SyncBNError, TrainingError
+from syncbn.train.checkpoint import Checkpoint, Position, read_newest
 from syncbn.train.data import load_dataset
+from syncbn.train.evaluation import evaluate
 from syncbn.train.export import export
+from syncbn.train.generators import KeptGenerators, restore_generators, seed_generators
+from syncbn.train.records import Records
 from syncbn.train.run_directory import Result, RunDirectory
-from syncbn.train.sampling import TrainingShare, held_out_batches, make_loader
+from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_loader
 from syncbn.train.schema import SyncNormConfig, TrainConfig
-from syncbn.train.state import (
-    Training,
-    generator_states,
-    prepare,
-    restore_generators,
-    seed_generators,
-)
+from syncbn.train.state import Training, prepare
 from syncbn.train.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Batch = tuple[Tensor, Tensor]
 _TEST_BATCH_SIZE = 64
 
 
@@ -98,13 +94,11 @@ class _Loop:
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.sums = [0.0, 0.0, 0.0]
-        self.failure: str | None = None
-        self.writer = (
-            None if run is None else CheckpointWriter(run.checkpoints_dir, config.checkpoint.keep)
-        )
+        self.records = Records(run, config.checkpoint.keep)
         # The buffers and generators before a step, to which a step that goes wrong returns.
-        self.kept = [buffer.clone() for buffer in self.training.model.buffers()]
-        self.kept_generators: dict[str, Any] = {}
+        self.buffers = list(self.training.model.buffers())
+        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
+        self.kept_generators = KeptGenerators()
 
     def train(self) -> Result:
         started = time.monotonic()
@@ -127,7 +121,7 @@ class _Loop:
                 stopped = self._train_epoch(tracker, progress)
                 if stopped:
                     self._checkpoint(is_best=False)
-                    self._finish_writing()
+                    self.records.finish()
                     tracker.finish(None)
                     name = signal.Signals(stopped).name
                     error = f"stopped by {name} after step {self.position.step}"
@@ -135,7 +129,7 @@ class _Loop:
                     duration_s = time.monotonic() - started
                     return Result("interrupted", error, self.best, duration_s, 128 + stopped)
                 self._end_epoch(tracker)
-        self._finish_writing()
+        self.records.finish()
         self.watch.at(self.position.step, "exporting")
         metrics = export(
             self.training, self.run, self.dataset, self.share, self.best, self._evaluate
@@ -200,7 +194,7 @@ class _Loop:
         while self.position.step < self.total_steps and samples < len(self.dataset.train):
             step = self.position.step
             self.watch.at(step, "loading data")
-            micro = _next(batches, self.config.optim.accumulate)
+            micro = list(itertools.islice(batches, self.config.optim.accumulate))
             total = sum(self.share.total(number + k) for k in range(len(micro)))
             number += len(micro)
             rate = float(self.training.schedule.get_last_lr()[0])
@@ -209,7 +203,8 @@ class _Loop:
             self.position = Position(epoch, samples, step + 1)
             self.epoch_images += total
             progress.update(total)
-            progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+            if not progress.disable:
+                progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
             if self.position.step % self.config.log_every_steps == 0:
                 now = time.monotonic()
                 images_per_s = (self.epoch_images - logged_images) / (now - logged_at)
@@ -226,16 +221,16 @@ class _Loop:
     def _step(self, micro: list[Batch], total: int) -> tuple[float, float, int]:
         """Do one optimizer step; return its mean loss, its accuracy, and a signal to stop, or 0."""
         training, config, step = self.training, self.config, self.position.step
-        for kept, buffer in zip(self.kept, training.model.buffers(), strict=True):
-            kept.copy_(buffer)
-        self.kept_generators = generator_states()
+        if self.buffers:
+            torch._foreach_copy_(self.kept_buffers, self.buffers)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as the optimizers of torch do
+        self.kept_generators = KeptGenerators()
         training.optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=training.device)
-        correct = torch.zeros((), dtype=torch.int64, device=training.device)
+        losses: list[Tensor] = []
+        correct: list[Tensor] = []
         self.watch.at(step, "in forward and backward")
         for number, (samples, labels) in enumerate(micro):
             with self._mode_for(samples), self._no_sync_unless(number == len(micro) - 1):
-                inputs = self._inputs(samples)
+                inputs = training.inputs(samples)
                 targets = labels.to(training.device, non_blocking=True)
                 with training.autocast():
                     logits: Tensor = training.replica(inputs)
@@ -247,15 +242,17 @@ class _Loop:
                     label_smoothing=config.optim.label_smoothing,
                 )
                 training.scaler.scale(loss * (self.world_size / total)).backward()
-            loss_sum += loss.detach()
-            correct += (logits.detach().argmax(1) == targets).sum()
+            losses.append(loss.detach())
+            correct.append((logits.detach().argmax(1) == targets).sum())
         self.watch.at(step, "waiting for the other ranks")
-        mine = [loss_sum.item(), correct.item(), self.watch.stop_signal, self.failure is not None]
+        loss_sum = sum(loss.item() for loss in losses)
+        right = sum(count.item() for count in correct)
+        mine = [loss_sum, right, self.watch.stop_signal, self.records.failed]
         sums = self.control.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if sums[3]:
-            self._raise_failure()
+            self.records.raise_failure()
         if not math.isfinite(sums[0]):
-            self._give_up(mine[0], sums[0] / total)
+            self._give_up(loss_sum, sums[0] / total)
         if config.optim.clip_norm is not None:
             training.scaler.unscale_(training.optimizer)
             clip_grad_norm_(training.replica.parameters(), config.optim.clip_norm)
@@ -279,9 +276,16 @@ class _Loop:
     def _no_sync_unless(self, last: bool) -> Any:
         return nullcontext() if last else self.training.replica.no_sync()
 
-    def _inputs(self, samples: Tensor) -> Tensor:
-        moved = samples.to(self.training.device, non_blocking=True)
-        return self.training.placed(self.dataset.preprocessing.apply(moved))
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.watch.at(self.position.step, "evaluating")
+        return evaluate(self.training, model, self._watched(self.test_loader), self.control)
+
+    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, and note with each that this rank moves."""
+        for batch in batches:
+            self.watch.at(self.position.step, "evaluating")
+            yield batch
+        self.watch.at(self.position.step, "waiting for the other ranks")
 
     def _end_epoch(self, tracker: Tracker) -> None:
         """Evaluate, write the epoch's metrics and state, and go to the next."""
@@ -308,7 +312,7 @@ class _Loop:
             self.best = metrics
         self.sums = [0.0, 0.0, 0.0]
         self.position = Position(epoch, 0, self.position.step)
-        self._attempt(lambda run: run.append_metrics(metrics))
+        self.records.write(lambda run: run.append_metrics(metrics))
         self._checkpoint(is_best)
         tracker.log(self.position.step, metrics)
         shown = self.config.epochs
@@ -324,34 +328,6 @@ class _Loop:
             "  (best)" if is_best else "",
         )
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return a model's mean loss (nats) and accuracy (0 to 1) on the test data, of all ranks.
-
-        Collective: one all-reduce of 3 float64, and where layers are not synchronised one broadcast
-        a buffer from rank 0, whose running statistics are the ones that will be served.
-        """
-        if not isinstance(self.config.norm, SyncNormConfig):
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
-        with torch.inference_mode():
-            batches = iter(self.test_loader)
-            while batch := _next(batches, 1):
-                ((samples, labels),) = batch
-                self.watch.at(self.position.step, "evaluating")
-                with self.training.autocast():
-                    logits: Tensor = model(self._inputs(samples)).float()
-                targets = labels.to(logits.device)
-                loss = functional.cross_entropy(logits, targets, reduction="sum").item()
-                right = (logits.argmax(1) == targets).sum().item()
-                sums += torch.tensor([loss, right, len(labels)], dtype=torch.float64)
-        model.train(was_training)
-        self.watch.at(self.position.step, "waiting for the other ranks")
-        loss_sum, right_sum, total = self.control.sum(sums).tolist()
-        return {"test_loss": loss_sum / total, "test_accuracy": right_sum / total}
-
     def _write_step(
         self, tracker: Tracker, rate: float, loss: float, accuracy: float, images_per_s: float
     ) -> None:
@@ -363,55 +339,25 @@ class _Loop:
             "accuracy": accuracy,
             "images_per_s": images_per_s,
         }
-        self._attempt(lambda run: run.append_step(values))
+        self.records.write(lambda run: run.append_step(values))
         tracker.log(self.position.step, values)
 
     def _checkpoint(self, is_best: bool) -> None:
         """Write the present state, in the background; collective: gathers the generators."""
-        self.watch.at(self.position.step, "waiting for the other ranks")
-        states: list[Any] | None = None if self.run is None else [None] * self.world_size
-        dist.gather_object(generator_states(), states)
-        if self.writer is None or states is None:
-            return
         self.watch.at(self.position.step, "writing a checkpoint")
-        checkpoint = Checkpoint(
-            self.position,
-            self.world_size,
-            self.metrics,
-            self.best,
-            self.sums,
-            self.training.state_dicts(),
-            states,
-        )
-        try:
-            self.writer.write(checkpoint, is_best)
-        except TrainingError as error:
-            self.failure = self.failure or str(error)
 
-    def _finish_writing(self) -> None:
-        """Wait until all is written; raise on every rank where it cannot be."""
-        if self.writer is not None:
-            try:
-                self.writer.wait()
-            except TrainingError as error:
-                self.failure = self.failure or str(error)
-        self._raise_failure()
+        def make(generators: list[dict[str, Any]]) -> Checkpoint:
+            return Checkpoint(
+                self.position,
+                self.world_size,
+                self.metrics,
+                self.best,
+                self.sums,
+                self.training.state_dicts(),
+                generators,
+            )
 
-    def _attempt(self, write: Callable[[RunDirectory], None]) -> None:
-        """Write on rank 0; a failure is told to all ranks with the next step."""
-        if self.run is None:
-            return
-        try:
-            write(self.run)
-        except OSError as error:
-            self.failure = self.failure or f"cannot write to {self.run.path}: {error.strerror}"
-
-    def _raise_failure(self) -> None:
-        """Raise rank 0's failure on every rank, if there is one."""
-        failure = [self.failure]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise TrainingError(failure[0])
+        self.records.write_checkpoint(make, is_best)
 
     def _give_up(self, own_sum: float, loss: float) -> None:
         """Write the state before a step whose loss is not finite, and raise what is known of it."""
@@ -419,14 +365,14 @@ class _Loop:
         own: list[Any] = [None] * self.world_size
         dist.all_gather_object(own, math.isfinite(own_sum))
         where = [rank for rank, finite in enumerate(own) if not finite] or "only all ranks together"
-        for kept, buffer in zip(self.kept, training.model.buffers(), strict=True):
+        for kept, buffer in zip(self.kept_buffers, self.buffers, strict=True):
             buffer.copy_(kept)
-        restore_generators(self.kept_generators)
-        state = [*training.model.parameters(), *training.model.buffers()]
+        self.kept_generators.restore()
+        state = [*training.model.parameters(), *self.buffers]
         good = all(bool(tensor.isfinite().all()) for tensor in state)
         if good:
             self._checkpoint(is_best=False)
-            self._finish_writing()
+            self.records.finish()
         kept_state = (
             f"the state before this step is in checkpoints/step-{position.step:09d}.ckpt"
             if good
@@ -481,14 +427,6 @@ def together(work: Callable[[], T]) -> T:
         if each is not None:
             raise each
     return value
-
-
-def _next(batches: Iterator[Batch], count: int) -> list[Batch]:
-    """Return the next batches, fewer where an epoch ends."""
-    try:
-        return list(itertools.islice(batches, count))
-    except SyncBNError as error:  # this rank's alone, unlike what `together` raises
-        raise DataError(str(error)) from error
 
 
 def _quality(metrics: dict[str, float]) -> tuple[float, float]:

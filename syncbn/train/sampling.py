@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from syncbn.errors import SyncBNError
+from syncbn.errors import DataError, SyncBNError
 
 Key = tuple[int, int]
 Batch = tuple[Tensor, Tensor]
@@ -95,8 +95,8 @@ def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> 
 class Loader:
     """Batches of samples, as often as they are iterated over.
 
-    What syncbn says of a sample reaches the caller as it was said, also from a worker, to which
-    torch would add the traceback.
+    What syncbn says of a sample reaches the caller in the same words, as a `DataError`, also from a
+    worker, to which torch would add the traceback.
 
     Args:
         loader: yields batches, or errors of syncbn in their place.
@@ -112,7 +112,7 @@ class Loader:
         try:
             for batch in self._loader:
                 if isinstance(batch, SyncBNError):
-                    raise batch
+                    raise DataError(str(batch)) from batch
                 yield batch
         except (ConnectionError, EOFError) as error:
             if self._loader.num_workers == 0:

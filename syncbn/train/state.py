@@ -2,15 +2,13 @@
 
 import dataclasses
 import logging
-import random
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +22,7 @@ from syncbn.layers import SyncBatchNorm
 from syncbn.models import build_model, build_without_memory
 from syncbn.train.checkpoint import Checkpoint, Position
 from syncbn.train.data import Dataset
+from syncbn.train.generators import seed_generators
 from syncbn.train.optim import WeightAverage, make_optimizer, make_schedule
 from syncbn.train.schema import (
     CustomModelConfig,
@@ -44,6 +43,7 @@ class Training:
     """The model, its replica under DDP, and what moves them, on one rank.
 
     Attributes:
+        preprocess: turns raw samples on the device into the model's inputs.
         average: the moving average of the model; None where there is none.
         exported: what is evaluated and exported: the average, or the model.
     """
@@ -56,6 +56,7 @@ class Training:
     optimizer: Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
+    preprocess: Callable[[Tensor], Tensor]
     average: WeightAverage | None
 
     @property
@@ -68,8 +69,9 @@ class Training:
         dtype = _DTYPES.get(self.config.numerics.precision)
         return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
 
-    def placed(self, inputs: Tensor) -> Tensor:
-        """Return a batch of inputs in the memory format that the model computes in."""
+    def inputs(self, samples: Tensor) -> Tensor:
+        """Return what the model is given for raw samples, where and how it computes."""
+        inputs = self.preprocess(samples.to(self.device, non_blocking=True))
         if self.config.numerics.channels_last and inputs.dim() == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
@@ -149,7 +151,16 @@ def prepare(
         device.type, enabled=config.numerics.precision is Precision.float16
     )
     training = Training(
-        config, device, architecture, model, replica, optimizer, schedule, scaler, average
+        config,
+        device,
+        architecture,
+        model,
+        replica,
+        optimizer,
+        schedule,
+        scaler,
+        dataset.preprocessing.prepared(1 + len(dataset.input.shape), device),
+        average,
     )
     _settle(training, dataset)
     seed_generators(config.seed, Position())
@@ -174,38 +185,6 @@ def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture
     else:
         arguments |= {"norm": "none"}
     return Architecture(name=name, arguments=arguments)
-
-
-def generator_states() -> dict[str, Any]:
-    """Return the state of all of this rank's random generators that a model or data may use."""
-    name, keys, *rest = np.random.get_state()
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_generators(states: dict[str, Any]) -> None:
-    """Return this rank's random generators to a former state."""
-    torch.set_rng_state(states["torch"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def seed_generators(seed: int, position: Position) -> None:
-    """Seed this rank's random generators by the job's seed, the position, and the rank."""
-    entropy = (seed, position.epoch, position.samples, dist.get_rank())
-    (value,) = np.random.SeedSequence(entropy).generate_state(1)
-    torch.manual_seed(int(value))
-    np.random.seed(int(value))
-    random.seed(int(value))
 
 
 def _try_without_memory(architecture: Architecture, dataset: Dataset) -> None:
@@ -240,10 +219,10 @@ def _settle(training: Training, dataset: Dataset) -> None:
     """
     buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     size = training.config.data.batch_size
-    samples = torch.zeros(size, *dataset.input.shape, device=training.device)
+    samples = torch.zeros(size, *dataset.input.shape)
     try:
         with training.autocast():
-            logits = training.replica(training.placed(dataset.preprocessing.apply(samples)))
+            logits = training.replica(training.inputs(samples))
         shape = (size, len(dataset.classes))
         if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

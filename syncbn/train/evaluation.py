@@ -1,0 +1,46 @@
+"""How good a model is on the held-out data, each sample counted once whatever the world size."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from syncbn.collectives import Reducer
+from syncbn.train.sampling import Batch
+from syncbn.train.schema import SyncNormConfig
+from syncbn.train.state import Training
+
+
+def evaluate(
+    training: Training,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    reducer: Reducer,
+) -> dict[str, float]:
+    """Return a model's mean loss (nats) and accuracy (0 to 1) over the batches of all ranks.
+
+    Collective: one all-reduce of 3 float64, and where layers are not synchronised one broadcast a
+    buffer from rank 0, whose running statistics are the ones that will be served.
+
+    Raises:
+        DataError: a sample cannot be read, on this rank alone.
+    """
+    if not isinstance(training.config.norm, SyncNormConfig):
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+    was_training = model.training
+    model.eval()
+    sums = [0.0, 0.0, 0.0]
+    with torch.inference_mode():
+        for samples, labels in batches:
+            with training.autocast():
+                logits: Tensor = model(training.inputs(samples)).float()
+            targets = labels.to(logits.device)
+            sums[0] += functional.cross_entropy(logits, targets, reduction="sum").item()
+            sums[1] += (logits.argmax(1) == targets).sum().item()
+            sums[2] += len(labels)
+    model.train(was_training)
+    loss, right, total = reducer.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return {"test_loss": loss / total, "test_accuracy": right / total}
