@@ -7,7 +7,6 @@ ranks write their state and stop.
 
 import importlib
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -28,6 +27,7 @@ from syncbn.train.watch import STOP_SIGNALS
 _RENDEZVOUS_TIMEOUT_S = 60
 _POLL_S = 0.1
 _STUCK_S = 5
+_PIPE_BYTES = 1 << 16  # all that fits in, so that no line is read in two
 
 
 def main() -> int:
@@ -59,9 +59,11 @@ def main() -> int:
         signals_to_handle="SIGQUIT",  # the others are passed on to the ranks, which stop in order
     )
     told: list[int] = []
-    _look_after_ranks(told, run)
+    pids, pid_of_rank = os.pipe()
+    os.set_blocking(pids, False)
+    _look_after_ranks(pids, told, run)
     try:
-        codes = elastic_launch(config, worker.be_launched_rank)(str(run.path))
+        codes = elastic_launch(config, worker.be_launched_rank)(str(run.path), pid_of_rank)
     except ChildFailedError as error:
         if told:
             return 128 + told[0]
@@ -74,11 +76,16 @@ def main() -> int:
     return max(codes.values())
 
 
-def _look_after_ranks(told: list[int], run: RunDirectory) -> None:
+def _look_after_ranks(pids: int, told: list[int], run: RunDirectory) -> None:
     """Tell each rank once to stop when this process is told, and end where torch waits for ever.
 
     Torch waits for its ranks by an event, and setting it never returns where a rank was killed
     while it waited for it: after all have done their work (torch 2.14).
+
+    Args:
+        pids: the end of a pipe into which the ranks write their process identifiers, a line each.
+        told: gets the number of the signal that told this process to stop.
+        run: where the ranks say how they end.
     """
     agent = os.getpid()
 
@@ -97,11 +104,12 @@ def _look_after_ranks(told: list[int], run: RunDirectory) -> None:
         since = time.monotonic()
         while True:
             time.sleep(_POLL_S)
-            found = {rank.pid for rank in multiprocessing.active_children() if rank.pid}
-            if found != alive:
-                alive, since = found, time.monotonic()
-            if alive - started:  # a new attempt
-                started = set(alive)
+            running = {rank for rank in started if _is_running(rank)}
+            if new := _read_numbers(pids):  # an attempt begins, before which the last one has ended
+                running |= new
+                started = set(running)
+            if running != alive:
+                alive, since = running, time.monotonic()
             for rank in alive - passed if told else ():
                 passed.add(rank)
                 with suppress(ProcessLookupError):
@@ -115,6 +123,25 @@ def _look_after_ranks(told: list[int], run: RunDirectory) -> None:
                     os._exit(result.exit_code)
 
     threading.Thread(target=look, name="ranks", daemon=True).start()
+
+
+def _read_numbers(pipe: int) -> set[int]:
+    """Return the numbers, a line each, that are in a pipe."""
+    try:
+        return {int(line) for line in os.read(pipe, _PIPE_BYTES).splitlines()}
+    except BlockingIOError:
+        return set()
+
+
+def _is_running(child: int) -> bool:
+    """Return whether a child process has not ended.
+
+    Its exit code is left to torch, which fails if another thread gets it in the same moment.
+    """
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _read_line() -> str:

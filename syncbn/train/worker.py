@@ -71,11 +71,17 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
     _leave(record(_work)(prepare) or 0)
 
 
-def be_launched_rank(run_dir: str) -> int:
-    """Be one rank of a job that `syncbn.train.agent` started, and return its exit code."""
+def be_launched_rank(run_dir: str, pid_pipe: int) -> int:
+    """Be one rank of a job that `syncbn.train.agent` started, and return its exit code.
+
+    Args:
+        run_dir: the run's directory.
+        pid_pipe: where the agent reads which processes the ranks are.
+    """
     run = RunDirectory(Path(run_dir))
     for number in STOP_SIGNALS:  # of the agent it has inherited what to do
         signal.signal(number, signal.SIG_DFL)
+    os.write(pid_pipe, f"{os.getpid()}\n".encode())
     parent = os.getppid()
     code = _work(lambda: (run.read_config(), run))
     if os.getppid() != parent:  # torch would wait for the agent, for ever
