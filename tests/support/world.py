@@ -21,10 +21,14 @@ T = TypeVar("T")
 torch.use_deterministic_algorithms(True)
 
 # Forked from a server that has loaded what ranks need: one starts in milliseconds instead of
-# seconds. DDP brings torch._dynamo, and the digits scikit-learn.
+# seconds. DDP brings torch._dynamo, the digits
+# scikit-learn, and the curves matplotlib.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch._dynamo", "sklearn.model_selection", "syncbn.train.agent", "tests.support.jobs"]
+    [
+        *("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"),
+        *("syncbn.train.agent", "tests.support.jobs"),
+    ]
 )
 
 
