@@ -106,12 +106,12 @@ class Watch:
         seconds, or as long as nobody stops this rank: who started the ranks does, where it knows
         better. Returns "" where all ranks failed alike.
         """
-        self.at(self._place[0], "asking who is missing")
         found: list[str] = []
         asking = threading.Thread(target=lambda: found.append(self._ask()), name="ask", daemon=True)
         asking.start()
         begun = time.monotonic()
         while not found and asking.is_alive() and time.monotonic() < begun + _BLAME_S:
+            self.at(self._place[0], "asking who is missing")  # which may outlast a short time-out
             asking.join(0.05)
             silent_s = time.monotonic() - self._answered_at
             # Two beats later, as this process may itself have been what stood still.

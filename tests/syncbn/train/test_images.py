@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.errors import ConfigError
+from syncbn.errors import ConfigError, DataError
 from syncbn.train.data import FASHION_CLASSES, Dataset, load_dataset
 from syncbn.train.images import TensorImages
 from syncbn.train.sampling import Key, Samples, TrainingShare
@@ -616,7 +616,7 @@ def test_image_that_cannot_be_read_is_named(
     damage(file)
     with (
         loading(samples, [[(0, 0)], [(0, 3), (0, 4)]], workers) as loader,
-        pytest.raises(ConfigError, match=f"^cannot read the image {file}.*data.path$") as raised,
+        pytest.raises(DataError, match=f"^cannot read the image {file}.*data.path$") as raised,
     ):
         list(loader)
     assert "Traceback" not in str(raised.value)
