@@ -33,9 +33,14 @@ from syncbn.train.schema import (
 def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
     """Return the configured optimizer over parameters.
 
+    SGD and AdamW update all parameters in one pass over memory, where torch's default on the CPU is
+    several passes over each: the same operations, and so the same weights but for AdamW's rounding.
+
     Raises:
         ConfigError: torch's optimizer does not take the configured arguments.
     """
+    parameters = list(parameters)
+    fused = all(parameter.is_floating_point() for parameter in parameters)  # torch's condition
     match config:
         case SgdConfig():
             return SGD(
@@ -44,9 +49,10 @@ def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimiz
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
                 nesterov=config.momentum > 0,
+                fused=fused,
             )
         case AdamWConfig():
-            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         case TorchOptimConfig():
             try:
                 return getattr(torch.optim, config.optimizer)(

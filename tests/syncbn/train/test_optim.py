@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,27 @@ def test_optimizer_is_the_configured_one(override: str, expected: type[Optimizer
     assert type(optimizer) is expected
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("override", "plain"), [("optim=sgd", SGD), ("optim=adamw", AdamW)])
+def test_step_is_that_of_the_plain_optimizer(
+    override: str, plain: type[Optimizer], dtype: torch.dtype
+) -> None:
+    config = compose_config([override, "optim.lr=0.1", "optim.weight_decay=0.5"]).optim
+    start = torch.randn(5, dtype=dtype)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    arguments: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5}
+    if plain is SGD:
+        arguments |= {"momentum": 0.9, "nesterov": True}
+    for optimizer, weight in (
+        (make_optimizer([ours], config), ours),
+        (plain([theirs], **arguments), theirs),
+    ):
+        for step in range(3):
+            weight.grad = start.cos() + step
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
