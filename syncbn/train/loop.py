@@ -62,7 +62,12 @@ def train(
             rank.
         DataError: a sample cannot be read, on this rank alone.
     """
-    return _Loop(config, run, device, watch).train()
+    loop = _Loop(config, run, device, watch)
+    try:
+        return loop.train()
+    finally:
+        loop.loader.close()
+        loop.test_loader.close()
 
 
 class _Loop:

@@ -195,7 +195,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
     finally:
         watch.end()
         for loader_worker in multiprocessing.active_children():
-            loader_worker.kill()  # they ignore what Python would end them by, and wait for
+            loader_worker.kill()  # it hangs, and ignores what Python would end it by, and wait for
         dist.destroy_process_group()
     if rank == 0 and result.status == "finished":
         print(summarise(run.path))

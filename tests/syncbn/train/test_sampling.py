@@ -152,14 +152,13 @@ def test_evaluation_counts_every_sample_once(size: int, world_size: int) -> None
 
 @contextmanager
 def loading(samples: Samples, batches: Any, workers: int) -> Generator[Loader]:
-    """Yield a loader; end its workers as its deletion would, and see that they do end."""
+    """Yield a loader; close it, and see that its workers end."""
     loader = make_loader(samples, batches, workers, pinned=False)
     try:
         yield loader
     finally:
         pids = _worker_pids(loader)
-        if pids:
-            _iterator(loader)._shutdown_workers()
+        loader.close()
         wait_until(lambda: not any(map(is_alive, pids)), timeout_s=10)
 
 
