@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +164,19 @@ def bench_steps(turns: int) -> Rows:
 
 
 class ByHand:
-    """The loop that one writes by hand, with everything as torch has it by default."""
+    """The loop that one writes by hand, with everything as torch has it by default.
 
-    def __init__(self, model: nn.Module, dataset: TensorDataset, epochs: int) -> None:
+    Args:
+        fused: not by default, but as the trainer has it: an optimizer that passes once over memory.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: TensorDataset, epochs: int, fused: bool | None = None
+    ) -> None:
         self.sampler: DistributedSampler[Any] = DistributedSampler(dataset)
         self.loader = DataLoader(dataset, BATCH_SIZE, sampler=self.sampler)
         self.model = DistributedDataParallel(syncbn.convert_sync_batchnorm(model))
-        self.optimizer = _sgd(self.model)
+        self.optimizer = _sgd(self.model, fused)
         self.schedule = CosineAnnealingLR(self.optimizer, epochs * len(self.loader))
         self.losses: list[float] = []
 
@@ -187,15 +194,17 @@ class ByHand:
                 self.losses.append(loss.item())
 
 
-def _sgd(model: nn.Module) -> torch.optim.SGD:
+def _sgd(model: nn.Module, fused: bool | None = None) -> torch.optim.SGD:
     return torch.optim.SGD(
-        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=fused
     )
 
 
-def _by_hand(model: nn.Module, dataset: TensorDataset, turns: int) -> Callable[[], float]:
+def _by_hand(
+    model: nn.Module, dataset: TensorDataset, turns: int, fused: bool | None = None
+) -> Callable[[], float]:
     """Return what trains one more epoch by hand and returns its seconds."""
-    job, epochs = ByHand(model, dataset, turns), itertools.count()
+    job, epochs = ByHand(model, dataset, turns, fused), itertools.count()
 
     def epoch() -> float:
         start = _together()
@@ -271,6 +280,13 @@ def _together() -> float:
     return time.perf_counter()
 
 
+LOOPS: dict[str, Callable[[nn.Module, TensorDataset, int], Callable[[], float] | None]] = {
+    "by hand": _by_hand,
+    "fused by hand": partial(_by_hand, fused=True),
+    "lightning": _lightning,
+}
+
+
 class _Turns(Watch):
     """Hears where the trainer is, times its epochs, and lets the others train one before or after.
 
@@ -343,7 +359,7 @@ def bench_loops(turns: int) -> Rows:
                 name: make(
                     build_model(model.name, model.arguments, allow_imports=True), dataset, epochs
                 )
-                for name, make in (("by hand", _by_hand), ("lightning", _lightning))
+                for name, make in LOOPS.items()
             }
             run = open_run_directory(config) if dist.get_rank() == 0 else None
             present = {name: epoch for name, epoch in others.items() if epoch}
@@ -353,11 +369,11 @@ def bench_loops(turns: int) -> Rows:
             watch.end()
         row: dict[str, Any] = {"W": size, "workload": workload}
         times = {name: each[1:] for name, each in watch.times.items()}
-        for name in ("by hand", "ours", "lightning"):
+        for name in ("by hand", "ours", *list(LOOPS)[1:]):
             row[f"{name} images/s"] = (
                 len(dataset) / statistics.median(times[name]) if name in times else NO_LIGHTNING
             )
-        for name in ("ours", "lightning"):
+        for name in ("ours", *list(LOOPS)[1:]):
             pairs = zip(times.get(name, []), times["by hand"], strict=False)
             ratios = [time_s / by_hand_s for time_s, by_hand_s in pairs]
             row[f"{name} ratio"] = statistics.median(ratios) if ratios else "not installed"

@@ -104,7 +104,7 @@ def _look_after_ranks(pids: int, told: list[int], run: RunDirectory) -> None:
         since = time.monotonic()
         while True:
             time.sleep(_POLL_S)
-            running = {rank for rank in started if _is_running(rank)}
+            running = {rank for rank in started if is_running(rank)}
             if new := _read_numbers(pids):  # an attempt begins, before which the last one has ended
                 running |= new
                 started = set(running)
@@ -133,7 +133,7 @@ def _read_numbers(pipe: int) -> set[int]:
         return set()
 
 
-def _is_running(child: int) -> bool:
+def is_running(child: int) -> bool:
     """Return whether a child process has not ended.
 
     Its exit code is left to torch, which fails if another thread gets it in the same moment.

@@ -11,19 +11,19 @@ from syncbn.train.checkpoint import Position
 
 
 class KeptGenerators:
-    """What the generators were when this was made; cheap enough for every step."""
+    """What torch's generators were when this was made; cheap enough for every step.
+
+    The others are not: to copy NumPy's takes longer than all else that is kept. A model that draws
+    from those gets other numbers when a step is repeated.
+    """
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
     def restore(self) -> None:
-        """Return the generators to what they were."""
+        """Return torch's generators to what they were."""
         torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
 

@@ -1,15 +1,17 @@
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.bundle import read_bundle
-from syncbn.errors import ConfigError, SyncBNError, TrainingError
+from syncbn.errors import ConfigError, DataError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
 from syncbn.train.data import digits
@@ -321,6 +323,32 @@ def test_unwritable_directory_is_one_error_on_every_rank(tmp_path: Path) -> None
     run_dir = tmp_path / "run"
     for text in run_world(2, _train_without_steps_file, [f"run_dir={run_dir}", "epochs=1"]):
         assert text == f"TrainingError: cannot write to {run_dir}: Is a directory"
+
+
+def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> None:
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / folder / f"{number}.png")
+    broken = tmp_path / "train" / "b" / "5.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    before = multiprocessing.active_children()
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(DataError, match="cannot read the image"):
+            _train(
+                [
+                    "data=folder",
+                    f"data.path={tmp_path}",
+                    "data.size=8",
+                    "data.workers=2",
+                    f"run_dir={tmp_path / 'run'}",
+                ]
+            )
+    finally:
+        dist.destroy_process_group()
+    assert multiprocessing.active_children() == before
 
 
 def _train_without_steps_file(overrides: list[str]) -> str:
