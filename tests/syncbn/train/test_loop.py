@@ -336,7 +336,7 @@ def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> No
     store = f"file://{tmp_path / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
-        with pytest.raises(DataError, match="cannot read the image"):
+        with pytest.raises(DataError, match="cannot read the image") as caught:
             _train(
                 [
                     "data=folder",
@@ -348,6 +348,7 @@ def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> No
             )
     finally:
         dist.destroy_process_group()
+    assert caught.tb is not None  # holds all that would end them by being deleted
     assert multiprocessing.active_children() == before
 
 
