@@ -20,7 +20,7 @@ from syncbn.train.report import ENDS, Record, best_epoch, read_records, read_res
 
 STATUSES = (*ENDS, "running", "unknown", "damaged")
 # Where a run lies is no part of what it trained.
-_PLACES = {"run_root", "run_dir", "sweep_dir"}
+_PLACES = {"run_root", "run_dir", "sweep_dir", "publish"}
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 10 times as fast, where it is there
 
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from syncbn.train.checkpoint import BEST, read_checkpoint
 from syncbn.train.config import config_sha256
 from syncbn.train.data import Dataset
 from syncbn.train.pictures import plot_curves
+from syncbn.train.publish import publish
 from syncbn.train.run_directory import RunDirectory
 from syncbn.train.sampling import TrainingShare, make_loader
 from syncbn.train.schema import CustomModelConfig, NoNormConfig
@@ -71,6 +73,8 @@ def export(
         if not run.bundle_dir.exists():  # or an attempt before this one was stopped right here
             write_bundle(run.bundle_dir, description, model, allow_imports=imports)
         log.info("bundle written to %s", run.bundle_dir)
+        if training.config.publish is not None:
+            publish(run.bundle_dir, Path(training.config.publish), training.config.name)
         try:
             plot_curves(run.path)
         except OSError as error:  # the model is safe, and that is what counts

@@ -189,8 +189,10 @@ def open_run_directory(config: TrainConfig, started_by: str | None = None) -> Ru
 
     Raises:
         ConfigError: the directory belongs to another job, or its run has finished, or it cannot be
-            made.
+            made, or `config.publish` is not to be written to.
     """
+    if config.publish is not None:
+        _check_publishable(Path(config.publish))
     path = Path(config.run_dir or _restarted(config, started_by) or _fresh_name(config))
     run = RunDirectory(path.resolve())
     try:
@@ -206,6 +208,16 @@ def open_run_directory(config: TrainConfig, started_by: str | None = None) -> Ru
     except OSError as error:
         raise ConfigError(f"cannot make the run directory {run.path}: {error.strerror}") from error
     return run
+
+
+def _check_publishable(directory: Path) -> None:
+    """Raise where nothing could be published, which is better known before training."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"publish={directory}: cannot be made: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"publish={directory}: cannot be written to by this user")
 
 
 _STARTER = ".started_by"
@@ -235,7 +247,7 @@ def _check_resumable(run: RunDirectory, config: TrainConfig) -> None:
     if result is not None and result.status == "finished":
         raise ConfigError(f"run_dir={run.path} holds a finished run; choose another directory")
     # Where the directory lies, who trains and who is told are no part of the job.
-    same = {key: getattr(config, key) for key in ("run_dir", "run_root", "sweep_dir")}
+    same = {key: getattr(config, key) for key in ("run_dir", "run_root", "sweep_dir", "publish")}
     same |= {"launch": config.launch, "track": config.track}
     theirs = dataclasses.replace(run.read_config(), **same)
     if theirs != config:

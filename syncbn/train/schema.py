@@ -329,6 +329,7 @@ class TrainConfig:
     run_root: str
     run_dir: str | None
     sweep_dir: str | None
+    publish: Annotated[str, Field(min_length=1)] | None
     data: DataConfig
     model: ModelConfig
     norm: NormConfig

@@ -1,0 +1,76 @@
+"""Publication: a run's bundle copied to where a service looks for new versions of a model."""
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from syncbn.bundle import MANIFEST_FILE
+from syncbn.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+_LOCK_TIMEOUT_S = 60
+_VERSION = re.compile("[1-9][0-9]*")
+
+
+def publish(bundle: Path, directory: Path, name: str) -> Path:
+    """Copy a bundle to `directory/name/version`, with the version after the newest that is there.
+
+    It appears whole, or not at all, and no two get the same version. A bundle that is the newest
+    already is not copied again.
+
+    Args:
+        bundle: what to publish.
+        directory: of all models.
+        name: of the model.
+
+    Returns:
+        The copy.
+
+    Raises:
+        TrainingError: it cannot be written; `bundle` is safe.
+    """
+    models = directory / name
+    temporary: Path | None = None
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / ".publish.lock", timeout=_LOCK_TIMEOUT_S):
+            versions = [int(path.name) for path in models.iterdir() if _is_version(path)]
+            newest = max(versions, default=0)
+            path = models / str(newest)
+            if newest and _manifest(path) == _manifest(bundle):
+                return path
+            path = models / str(newest + 1)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=models))
+            shutil.copytree(bundle, temporary, dirs_exist_ok=True)
+            # Readable to a service of another user.
+            temporary.chmod(0o755)
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            temporary.rename(path)
+        log.info("published as %s", path)
+        return path
+    except (OSError, shutil.Error, Timeout) as error:
+        raise TrainingError(
+            f"the bundle could not be published: {error}; it is safe in {bundle}: make room, then "
+            f"copy it to a new number below {models}, first under a name that begins with a dot"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_version(path: Path) -> bool:
+    return _VERSION.fullmatch(path.name) is not None
+
+
+def _manifest(bundle: Path) -> bytes | None:
+    file = bundle / MANIFEST_FILE
+    return file.read_bytes() if file.is_file() else None
