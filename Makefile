@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test format lock clean
+.PHONY: help install demo test test-long format lock clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 install: .venv/.installed  ## make .venv and install syncbn with what its tests need
 
@@ -25,6 +25,9 @@ test: install  ## lint, format check, types, import directions, tests
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-long: install  ## the tests that take minutes: a soak of the service, compiled models
+	$(BIN)/python -m pytest -m long
 
 format: install  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix

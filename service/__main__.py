@@ -1,49 +1,159 @@
 """`python -m service` and `syncbn-serve`: the service from the command line."""
 
+import asyncio
+import ipaddress
 import math
+import multiprocessing
+import os
+import signal
 import socket
 import sys
+import tempfile
+import threading
+from pathlib import Path
 from typing import NoReturn
 
 import uvicorn
+import uvloop
+from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import CliApp
+from uvicorn.supervisors import Multiprocess
 
-from service.app import create_app
+from service import logs
+from service.app import create_app, prepare_process
+from service.auth import KeysFileError
 from service.settings import Settings
+from service.telemetry import TelemetryError
 from syncbn.errors import BundleError
+
+# How the command tells its workers of itself.
+_SETTINGS, _STATE_DIR = "SYNCBN_WORKER_SETTINGS", "SYNCBN_WORKER_STATE_DIR"
+_METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
+_KEEP_ALIVE_S = 75  # longer than load balancers keep a connection that they may still use
+_WORKER_START_TIMEOUT_S = 300
 
 
 def main() -> None:
     """Serve until SIGINT or SIGTERM; requests under way are answered first, within `timeout_s`.
 
     Raises:
-        SystemExit: with code 2 where an option is wrong, 1 where a model or the port is not to be
-            had.
+        SystemExit: with code 2 where an option is wrong, 1 where a model, the keys or the port are
+            not to be had.
     """
     try:
         settings = CliApp.run(Settings)
     except ValidationError as error:
         reasons = (f"--{item['loc'][0]}: {item['msg']}" for item in error.errors())
         _fail(f"{'; '.join(reasons).replace('_', '-')}; see --help", 2)
+    if not settings.models.is_dir():
+        _fail(
+            f"{settings.models} is not a directory; name a bundle or a directory of them with "
+            "--models",
+            1,
+        )
+    listener, url = _listen(settings)
     try:
-        app = create_app(settings)
-    except BundleError as error:
+        if settings.workers == 1:
+            _serve_alone(settings, listener, url)
+        else:
+            _serve_together(settings, listener, url)
+    except (BundleError, KeysFileError, TelemetryError) as error:
         _fail(str(error), 1)
+
+
+def _listen(settings: Settings) -> tuple[socket.socket, str]:
+    """Return the socket that listens, and its URL."""
     try:
         family, *_, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM
         )[0]
-        listener = socket.create_server(address[:2], family=family)
+        if not (
+            settings.api_keys
+            or settings.no_auth
+            or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        ):
+            _fail(
+                f"{settings.host} can be reached from other machines, so keys are needed: make one "
+                "with syncbn-keys FILE --role read, and name the file with --api-keys; or let "
+                "everybody in with --no-auth",
+                2,
+            )
+        listener = socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         _fail(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", 1)
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    return listener, f"http://{host}:{listener.getsockname()[1]}"
+
+
+def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
+    logs.configure(settings.log_format)
+    prepare_process()
+
+    async def serve() -> None:
+        app = create_app(settings)
+        # Before the server starts, as it would show a refused bundle by a traceback.
+        await app.state.registry.open()
+        _announce(settings, url)
+        await uvicorn.Server(_config(app, settings)).serve([listener])
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())
+
+
+def _serve_together(settings: Settings, listener: socket.socket, url: str) -> None:
+    """Run workers that share the socket; one that ends is replaced."""
+    logs.configure(settings.log_format)
+    with tempfile.TemporaryDirectory(prefix="syncbn-serve-") as directory:
+        state_dir, metrics_dir = Path(directory) / "state", Path(directory) / "metrics"
+        state_dir.mkdir()
+        metrics_dir.mkdir()
+        os.environ[_SETTINGS] = settings.model_dump_json()
+        os.environ[_STATE_DIR] = str(state_dir)
+        os.environ[_METRICS_DIR] = str(metrics_dir)
+        config = _config("service.__main__:worker_app", settings)
+        config.workers = settings.workers
+        config.factory = True
+        config.timeout_worker_healthcheck = _WORKER_START_TIMEOUT_S
+        _announce(settings, url)
+        Multiprocess(config, [listener]).run()
+
+
+def worker_app() -> FastAPI:
+    """Return the app of one of several workers, which ends when the command does."""
+    settings = Settings.model_validate_json(os.environ[_SETTINGS])
+    logs.configure(settings.log_format)
+    prepare_process()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    # Bundles that cannot be loaded are shown in the index: a worker that ended would be replaced,
+    # and its successor fail likewise.
+    return create_app(settings, state_dir=Path(os.environ[_STATE_DIR]), strict=False)
+
+
+def _config(app: FastAPI | str, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        access_log=False,  # the middleware writes it
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        # A client that stalls must not keep the process from stopping.
+        timeout_graceful_shutdown=math.ceil(settings.timeout_s),
+    )
+
+
+def _announce(settings: Settings, url: str) -> None:
     print(f"serving {settings.models} at {url}, its API at {url}/docs", flush=True)
-    # A client that stalls must not keep the process from stopping.
-    patience_s = math.ceil(settings.timeout_s)
-    config = uvicorn.Config(app, workers=1, timeout_graceful_shutdown=patience_s)
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,81 +1,197 @@
 """`create_app`: the service's parts wired together, and their lifespan."""
 
+import ctypes
 import gc
-import logging
+import os
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
+from service import logs, telemetry
+from service.auth import Keys
+from service.control import Control
 from service.errors import ServiceError
 from service.inference import DataPlane
-from service.registry import load_registry
-from service.routes import health, inference
-from service.schemas import ErrorBody
+from service.metrics import Metrics
+from service.middleware import Gate
+from service.model import Compute, ServedModel, load_model
+from service.registry import Registry
+from service.routes import health, inference, pages, predict, repository
+from service.routes.answers import error_answer
 from service.settings import Settings
 
-log = logging.getLogger(__name__)
+_M_ARENA_MAX = -8  # of <malloc.h>
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Return the service with its models loaded.
+def create_app(
+    settings: Settings | None = None, *, state_dir: Path | None = None, strict: bool = True
+) -> FastAPI:
+    """Return the service; its models are loaded when it starts.
 
     Args:
         settings: None means from the environment, as for `uvicorn --factory`.
+        state_dir: what the workers of one service share; None: there is one worker.
+        strict: whether not to start where there are bundles and none of them can be loaded.
 
     Raises:
-        BundleError: a model cannot be loaded.
         pydantic.ValidationError: a setting in the environment is missing or wrong.
+        KeysFileError: the file of keys cannot be read.
+        TelemetryError: traces are asked for, and what sends them is not installed.
     """
     chosen = settings or Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
-    if chosen.threads > 0:
-        torch.set_num_threads(chosen.threads)
-    registry = load_registry(chosen.models, allow_imports=chosen.allow_imports)
+    if chosen.telemetry:
+        telemetry.configure()
+    keys = None if chosen.api_keys is None or chosen.no_auth else Keys(chosen.api_keys)
+    metrics = Metrics()
+    registry: Registry[ServedModel] = Registry(
+        chosen.models,
+        partial(
+            load_model,
+            compute=_compute(chosen),
+            metrics=metrics,
+            allow_imports=chosen.allow_imports,
+        ),
+        versions=chosen.versions,
+        poll_s=chosen.poll_s,
+        control=Control(state_dir),
+        observer=metrics,
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        with ThreadPoolExecutor(1, thread_name_prefix="inference") as executor:
-            app.state.settings = chosen
-            app.state.data_plane = DataPlane(
-                registry, executor, chosen.timeout_s, chosen.max_batch_size
-            )
-            gc.collect()
-            gc.freeze()  # or every full collection would walk all that torch has loaded
+        # Forwards that run on this thread are of models too small for several.
+        torch.set_num_threads(1)
+        if not registry.is_open:
+            await registry.open(strict=strict)
+        gc.collect()
+        gc.freeze()  # or every full collection would walk all that torch has loaded
+        try:
             yield
+        finally:
+            await registry.close()
 
     app = FastAPI(
-        title="syncbn", version=version("syncbn"), lifespan=lifespan, redirect_slashes=False
+        title="syncbn",
+        version=version("syncbn"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
-    app.include_router(health.router)
-    app.include_router(inference.router)
+    app.state.settings = chosen
+    app.state.metrics = metrics
+    app.state.registry = registry
+    app.state.data_plane = DataPlane(
+        registry,
+        metrics,
+        timeout_s=chosen.timeout_s,
+        max_batch_size=chosen.max_batch_size,
+        max_request_rows=chosen.max_request_rows,
+        max_image_pixels=chosen.max_image_pixels,
+    )
+    for plain in (inference.plain_router, predict.router, repository.router):
+        app.router.routes.extend(plain.routes)
+    for router in (inference.router, health.router, pages.router):
+        app.include_router(router)
+    app.add_middleware(
+        Gate,
+        keys=keys,
+        metrics=metrics,
+        max_body_bytes=chosen.max_body_bytes,
+        write_line=logs.request_line,
+    )
+    if chosen.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=chosen.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[inference.JSON_BYTES, "Retry-After", "X-Request-Id"],
+        )
+    _describe(app, with_keys=keys is not None)
 
-    # Clients of the protocol fail on any other error body than {"error": …}.
-    @app.exception_handler(ServiceError)
-    async def refuse(request: Request, error: ServiceError) -> JSONResponse:
-        return _error(error.status, str(error))
-
+    # The middleware answers those of our own; here are FastAPI's.
     @app.exception_handler(HTTPException)
-    async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
-        return _error(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    async def refuse_http(request: Request, error: HTTPException) -> Response:
+        refusal = ServiceError(f"{request.method} {request.url.path}: {error.detail}")
+        refusal.status = error.status_code
+        return error_answer(refusal)
 
     @app.exception_handler(RequestValidationError)
-    async def refuse_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _error(400, f"{request.method} {request.url.path}: {error}")
-
-    @app.exception_handler(Exception)
-    async def fail(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _error(500, "internal error; the server's log says more")
+    async def refuse_parameters(request: Request, error: RequestValidationError) -> Response:
+        refusal = ServiceError(f"{request.method} {request.url.path}: {error}")
+        refusal.status = 400
+        return error_answer(refusal)
 
     return app
 
 
-def _error(status: int, message: str) -> JSONResponse:
-    # What a client sent may be quoted in it, at any length.
-    return JSONResponse(ErrorBody(error=message[:1000]).model_dump(), status)
+def prepare_process() -> None:
+    """Set what holds for a whole process that serves, before it has other threads.
+
+    Memory that one thread frees is used by the others then; glibc would keep it apart for each,
+    which costs half the throughput where one loads a model and another computes with it.
+    """
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def _compute(settings: Settings) -> Compute:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and settings.dtype == "float32":
+        # TF32 rounds the products' factors to 10 bits, which no check of ours would pass.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    return Compute(
+        device=torch.device(device),
+        dtype=getattr(torch, settings.dtype),
+        compile=settings.compile,
+        threads=settings.threads or max(1, cores() // settings.workers),
+        max_batch_size=settings.max_batch_size,
+        max_queue_rows=settings.max_queue_rows,
+        timeout_s=settings.timeout_s,
+        drift=settings.drift,
+    )
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _describe(app: FastAPI, *, with_keys: bool) -> None:
+    """Add to the API's description what FastAPI does not see: the plain routes, and the keys."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = describe()
+            components = document.setdefault("components", {})
+            schemas = components.setdefault("schemas", {})
+            schemas.update(inference.INFERENCE_SCHEMAS)
+            # What FastAPI answers with 422, we answer with 400.
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for operations in document["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            if with_keys:
+                components["securitySchemes"] = {
+                    "Authorization": {"type": "http", "scheme": "bearer"},
+                    "X-API-Key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                }
+                document["security"] = [{"Authorization": []}, {"X-API-Key": []}]
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi

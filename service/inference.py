@@ -1,177 +1,339 @@
-"""The data plane: from a request's tensors to a model's answer; no HTTP in it."""
+"""The data plane: from a request's bytes to a model's answer; no HTTP in it."""
 
 import asyncio
-import math
-from concurrent.futures import Executor
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from service.errors import InvalidRequestError, OverloadedError
+from service import tensors
+from service.errors import InvalidRequestError, ModelNotFoundError, ServiceError
+from service.images import read_image
+from service.metrics import Metrics
+from service.model import ServedModel
 from service.registry import Registry
 from service.schemas import (
-    InferenceRequest,
-    InferenceResponse,
+    Durations,
+    InferenceStatistics,
+    InputConfig,
+    InputDistance,
+    LayerDistance,
+    ModelConfig,
+    ModelDrift,
     ModelMetadata,
-    RequestInput,
-    ResponseOutput,
+    ModelStatistics,
+    OutputConfig,
+    Prediction,
+    Predictions,
+    StatisticsList,
     TensorMetadata,
 )
-from syncbn.bundle import Bundle, InputSpec
 
-PROBABILITIES, LABEL = "probabilities", "label"
-_DATATYPES = {"float32": "FP32"}
-
-
-def model_metadata(bundle: Bundle) -> ModelMetadata:
-    """Return what a model takes and gives, and from its manifest what a person wants to know."""
-    manifest = bundle.manifest
-    spec = manifest.input
-    return ModelMetadata(
-        name=manifest.name,
-        platform="syncbn_bundle",
-        inputs=[
-            TensorMetadata(name=spec.name, datatype=_DATATYPES[spec.dtype], shape=[-1, *spec.shape])
-        ],
-        outputs=[
-            TensorMetadata(name=PROBABILITIES, datatype="FP32", shape=[-1, len(manifest.classes)]),
-            TensorMetadata(name=LABEL, datatype="BYTES", shape=[-1]),
-        ],
-        parameters={
-            "architecture": manifest.architecture.name,
-            "classes": list(manifest.classes),
-            "metrics": manifest.metrics,
-        },
-    )
+Array = NDArray[np.float32]
+IsGone = Callable[[], bool]
+_MAX_TIMEOUT_US = 86_400_000_000
 
 
 class DataPlane:
-    """Answers requests, one forward at a time, off the event loop.
+    """Answers requests about models and for their predictions.
 
     Args:
         registry: the models.
-        executor: runs the forwards; one thread, so that torch keeps one pool of threads.
+        metrics: of them.
         timeout_s: longest wait for one answer, queueing included.
-        max_batch_size: most samples in one request, which bounds the time and memory of a forward.
+        max_batch_size: most samples of one forward.
+        max_request_rows: most samples in one request.
+        max_image_pixels: of an image that is decoded.
     """
 
     def __init__(
-        self, registry: Registry, executor: Executor, timeout_s: float, max_batch_size: int
+        self,
+        registry: Registry[ServedModel],
+        metrics: Metrics,
+        *,
+        timeout_s: float,
+        max_batch_size: int,
+        max_request_rows: int,
+        max_image_pixels: int,
     ) -> None:
         self.registry = registry
-        self._executor = executor
-        self._max_batch_size = max_batch_size
+        self._metrics = metrics
         self._timeout_s = timeout_s
+        self._max_batch_size = max_batch_size
+        self._max_request_rows = max_request_rows
+        self._max_image_pixels = max_image_pixels
 
-    async def infer(self, name: str, request: InferenceRequest) -> InferenceResponse:
-        """Return a model's outputs for a request of any number of samples.
+    async def infer(
+        self, name: str, version: str | None, body: bytes, json_bytes: int | None, is_gone: IsGone
+    ) -> tuple[bytes, int | None]:
+        """Return the answer to an inference request, and how long its JSON is if it is binary.
+
+        Args:
+            name: of the model.
+            version: None: its newest.
+            body: the request's, as `service.tensors.read_request` takes it.
+            json_bytes: likewise.
+            is_gone: whether nobody waits for the answer any more.
 
         Raises:
             ModelNotFoundError: there is no such model.
-            InvalidRequestError: the tensors' names, shapes, datatype or data do not fit it, or
-                its answer to them is not finite.
-            OverloadedError: the answer took longer than the time-out.
+            InvalidRequestError: the request is not of the protocol, its tensors do not fit the
+                model, or the model's answer to them is not finite.
+            ServiceError: as `Batcher.predict`.
         """
-        bundle = self.registry.get(name)
-        wanted = _wanted_outputs(request)
-        samples = _samples(request, bundle.manifest.input, self._max_batch_size)
-        loop = asyncio.get_running_loop()
-        forward = loop.run_in_executor(self._executor, bundle.probabilities, samples)
-        try:
-            probabilities = await asyncio.wait_for(forward, self._timeout_s)
-        except TimeoutError:
-            raise OverloadedError(
-                f"no answer from {name!r} within {self._timeout_s:g} s; try again later"
-            ) from None
-        if not probabilities.isfinite().all():
-            raise InvalidRequestError(
-                f"model {name!r} overflowed on this input; are its values in the usual range?"
+        start_s = asyncio.get_running_loop().time()
+        model = self.registry.get(name, version)
+        spec = model.manifest.input
+        with _counted(model) as count:
+            request, binary = tensors.read_request(body, json_bytes, spec)
+            samples = tensors.read_samples(request, binary, spec, self._max_request_rows)
+            deadline_s = start_s + self._timeout_of(request)
+            probabilities = await self._predict(model, samples, deadline_s, is_gone)
+            answer = tensors.write_response(
+                request, model.identity, probabilities, model.manifest.classes
             )
-        labels = [bundle.manifest.classes[index] for index in probabilities.argmax(1).tolist()]
-        outputs = {
-            PROBABILITIES: ResponseOutput(
-                name=PROBABILITIES,
-                shape=list(probabilities.shape),
-                datatype="FP32",
-                data=probabilities.flatten().tolist(),
-            ),
-            LABEL: ResponseOutput(name=LABEL, shape=[len(labels)], datatype="BYTES", data=labels),
-        }
-        return InferenceResponse(
-            model_name=name, id=request.id, outputs=[outputs[output] for output in wanted]
-        )
+            count(len(samples))
+            return answer
 
+    async def classify(
+        self,
+        name: str,
+        version: str | None,
+        files: Sequence[tuple[str, bytes]],
+        is_gone: IsGone,
+    ) -> Predictions:
+        """Return the classes of image files.
 
-def _wanted_outputs(request: InferenceRequest) -> list[str]:
-    known = [PROBABILITIES, LABEL]
-    if not request.outputs:
-        return known
-    for output in request.outputs:
-        if output.name not in known:
-            raise InvalidRequestError(
-                f"unknown output {output.name!r}; choose of {', '.join(known)}"
-            )
-    names = [output.name for output in request.outputs]
-    if len(set(names)) < len(names):
-        raise InvalidRequestError("an output is asked for twice; name each once")
-    return names
+        Args:
+            name: of the model.
+            version: None: its newest.
+            files: the name and content of each.
+            is_gone: whether nobody waits for the answer any more.
 
-
-def _samples(request: InferenceRequest, spec: InputSpec, max_batch_size: int) -> Tensor:
-    """Return the request's one input as a float32 tensor of shape (N, *spec.shape)."""
-    names = [tensor.name for tensor in request.inputs]
-    if names != [spec.name]:
-        raise InvalidRequestError(f"expected the one input {spec.name!r}, got {names}")
-    tensor = request.inputs[0]
-    if tensor.datatype != _DATATYPES[spec.dtype]:
-        raise InvalidRequestError(
-            f"input {spec.name!r} must have datatype {_DATATYPES[spec.dtype]}, "
-            f"got {tensor.datatype!r}"
-        )
-    if len(tensor.shape) == 0 or tensor.shape[0] == 0 or tuple(tensor.shape[1:]) != spec.shape:
-        raise InvalidRequestError(
-            f"input {spec.name!r} must have shape {[-1, *spec.shape]} with at least one sample, "
-            f"got {tensor.shape}"
-        )
-    if tensor.shape[0] > max_batch_size:
-        raise InvalidRequestError(
-            f"{tensor.shape[0]} samples in one request; send at most {max_batch_size}"
-        )
-    try:
-        array = np.array(_numbers(tensor), dtype=np.float64)
-    except OverflowError:  # an integer beyond float64
-        array = np.array([np.inf])
-    with np.errstate(over="ignore"):  # what overflows float32 is refused below
-        array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise InvalidRequestError(f"input {spec.name!r} holds values that are not finite in FP32")
-    return torch.from_numpy(array.reshape(tensor.shape))
-
-
-def _numbers(tensor: RequestInput) -> list[Any]:
-    """Return a tensor's data as a flat list of as many int and float as its shape says.
-
-    NumPy would find the shape and type by itself, but takes memory without bound to do so: one
-    long string among numbers makes every number as long.
-    """
-    flat = tensor.data
-    if flat and isinstance(flat[0], list):
-        level: list[Any] = [flat]
-        for size in tensor.shape:
-            if not all(isinstance(part, list) and len(part) == size for part in level):
+        Raises:
+            ModelNotFoundError: there is no such model.
+            InvalidRequestError: there is no file or there are too many, one of them is no image,
+                or the model takes no images.
+            ServiceError: as `Batcher.predict`.
+        """
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        model = self.registry.get(name, version)
+        with _counted(model) as count:
+            if not 0 < len(files) <= self._max_request_rows:
                 raise InvalidRequestError(
-                    f"the data of input {tensor.name!r} is not nested as its shape {tensor.shape}"
+                    f"{len(files)} image files in one request; send 1 to {self._max_request_rows}"
                 )
-            level = list(chain.from_iterable(level))
-        flat = level
-    if len(flat) != math.prod(tensor.shape):
-        raise InvalidRequestError(
-            f"the data of input {tensor.name!r} has {len(flat)} elements, but its shape "
-            f"{tensor.shape} has {math.prod(tensor.shape)}"
+            samples = np.stack(
+                [
+                    await asyncio.to_thread(
+                        read_image,
+                        content,
+                        model.manifest,
+                        max_pixels=self._max_image_pixels,
+                        name=file_name,
+                    )
+                    for file_name, content in files
+                ]
+            )
+            probabilities = await self._predict(model, samples, deadline_s, is_gone)
+            count(len(samples))
+        classes = model.manifest.classes
+        return Predictions(
+            model_name=model.name,
+            model_version=model.version,
+            predictions=[
+                Prediction(
+                    label=classes[max(range(len(classes)), key=row.__getitem__)],
+                    probability=max(row),
+                    probabilities=dict(zip(classes, row, strict=True)),
+                )
+                for row in probabilities.tolist()
+            ],
         )
-    if not set(map(type, flat)) <= {int, float}:
-        raise InvalidRequestError(f"the data of input {tensor.name!r} must be numbers alone")
-    return flat
+
+    async def _predict(
+        self, model: ServedModel, samples: Array, deadline_s: float, is_gone: IsGone
+    ) -> Array:
+        most = self._max_batch_size
+        if len(samples) <= most:
+            probabilities = await model.batcher.predict(samples, deadline_s, is_gone)
+        else:
+            # One part after the other, so that others' requests go between them.
+            probabilities = np.concatenate(
+                [
+                    await model.batcher.predict(samples[at : at + most], deadline_s, is_gone)
+                    for at in range(0, len(samples), most)
+                ]
+            )
+        if not np.isfinite(probabilities).all():
+            raise InvalidRequestError(
+                f"model {model.name!r} overflowed on this input; are its values in the usual range?"
+            )
+        return probabilities
+
+    def _timeout_of(self, request: tensors.InferenceRequest) -> float:
+        """Return the seconds that a request may take: what it says, but not more than ours."""
+        timeout_us = (request.parameters or {}).get("timeout")
+        if timeout_us is None:
+            return self._timeout_s
+        if type(timeout_us) is not int or not 0 < timeout_us <= _MAX_TIMEOUT_US:
+            raise InvalidRequestError(
+                f"the parameter timeout must be a number of microseconds, got {timeout_us!r}"
+            )
+        return min(timeout_us * 1e-6, self._timeout_s)
+
+    def metadata(self, name: str, version: str | None = None) -> ModelMetadata:
+        """Return what a model takes and gives, and from its manifest what a person wants to know.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        manifest = self.registry.get(name, version).manifest
+        spec = manifest.input
+        return ModelMetadata(
+            name=name,
+            versions=self.registry.versions_of(name),
+            platform="syncbn_bundle",
+            inputs=[TensorMetadata(name=spec.name, datatype="FP32", shape=[-1, *spec.shape])],
+            outputs=[
+                TensorMetadata(
+                    name=tensors.PROBABILITIES, datatype="FP32", shape=[-1, len(manifest.classes)]
+                ),
+                TensorMetadata(name=tensors.LABEL, datatype="BYTES", shape=[-1]),
+            ],
+            parameters={
+                "architecture": manifest.architecture.name,
+                "classes": list(manifest.classes),
+                "metrics": manifest.metrics,
+            },
+        )
+
+    def config(self, name: str, version: str | None = None) -> ModelConfig:
+        """Return a model's configuration, in Triton's words.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        manifest = self.registry.get(name, version).manifest
+        return ModelConfig(
+            name=name,
+            platform="syncbn_bundle",
+            backend="syncbn",
+            max_batch_size=self._max_request_rows,
+            input=[
+                InputConfig(
+                    name=manifest.input.name, data_type="TYPE_FP32", dims=list(manifest.input.shape)
+                )
+            ],
+            output=[
+                OutputConfig(
+                    name=tensors.PROBABILITIES,
+                    data_type="TYPE_FP32",
+                    dims=[len(manifest.classes)],
+                ),
+                OutputConfig(name=tensors.LABEL, data_type="TYPE_STRING", dims=[1]),
+            ],
+        )
+
+    def statistics(self, name: str | None = None, version: str | None = None) -> StatisticsList:
+        """Return how often models were asked and how long it took, over all workers.
+
+        Args:
+            name: of a model; None: all of them.
+            version: None: all that are served.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        if name is not None:
+            self.registry.get(name, version)
+        return StatisticsList(
+            model_stats=[
+                self._statistics_of(each, number)
+                for each in ([name] if name is not None else self.registry.names())
+                for number in ([version] if version else self.registry.versions_of(each))
+            ]
+        )
+
+    def _statistics_of(self, name: str, version: str) -> ModelStatistics:
+        seen = self._metrics.statistics(name, version)
+        answered = seen.requests.get("ok", 0)
+        refused = sum(seen.requests.values()) - answered
+        nothing = Durations(count=0, ns=0)
+        queue = Durations(count=seen.queue_count, ns=round(seen.queue_seconds * 1e9))
+        forward = Durations(count=seen.batches, ns=round(seen.forward_seconds * 1e9))
+        return ModelStatistics(
+            name=name,
+            version=version,
+            last_inference=0,
+            inference_count=seen.rows,
+            execution_count=seen.batches,
+            inference_stats=InferenceStatistics(
+                success=Durations(count=answered, ns=queue.ns + forward.ns),
+                fail=Durations(count=refused, ns=0),
+                queue=queue,
+                compute_input=nothing,
+                compute_infer=forward,
+                compute_output=nothing,
+            ),
+            batch_stats=[],
+        )
+
+    def drift(self, name: str, version: str | None = None) -> ModelDrift:
+        """Return how far a model's inputs are from what it was trained with, as this worker saw.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or drift is not watched.
+        """
+        model = self.registry.get(name, version)
+        if model.watch is None:
+            raise ModelNotFoundError(
+                "drift is not watched: the service was started with --no-drift"
+            )
+        report = model.watch.report()
+        return ModelDrift(
+            model_name=model.name,
+            model_version=model.version,
+            samples=report.samples,
+            input=InputDistance(
+                distance=report.input_distance,
+                channels=None if report.channels is None else list(report.channels),
+            ),
+            layers=[
+                LayerDistance(name=layer.name, distance=layer.distance, batches=layer.batches)
+                for layer in report.layers
+            ],
+        )
+
+    def measure_drift(self) -> None:
+        """Bring the metrics of drift up to date, as this worker saw it."""
+        for name in self.registry.names():
+            for version in self.registry.versions_of(name):
+                model = self.registry.get(name, version)
+                if model.watch is not None:
+                    report = model.watch.report()
+                    distances = {layer.name: layer.distance for layer in report.layers}
+                    model.metrics.drift(report.input_distance, distances)
+
+
+@contextmanager
+def _counted(model: ServedModel) -> Generator[Callable[[int], None]]:
+    """Count a request's outcome, which is "ok" once what it yields was called with its rows."""
+    outcome, answered = "failed", 0
+
+    def answer(rows: int) -> None:
+        nonlocal outcome, answered
+        outcome, answered = "ok", rows
+
+    try:
+        with model.in_use():
+            yield answer
+    except ServiceError as error:
+        outcome = error.outcome
+        raise
+    except asyncio.CancelledError:
+        outcome = "cancelled"
+        raise
+    finally:
+        model.metrics.requests(outcome, answered)

@@ -1,60 +1,19 @@
-"""The JSON bodies of the Open Inference Protocol, version 2.
+"""The JSON bodies of the protocol's smaller requests and answers, and of our own.
 
+Inference itself is in `service/tensors.py`, as it is read and written a thousand times as often.
 Unknown keys are ignored, as clients add their own.
-Source: https://github.com/kserve/open-inference-protocol, inference_rest.yaml.
+Source: https://github.com/kserve/open-inference-protocol, inference_rest.yaml, and Triton's
+protocol extensions of model configuration, statistics and model repository.
 """
 
-from typing import Annotated, Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 
 class _Body(BaseModel):
     # The protocol's own `model_name` starts with what pydantic reserves.
     model_config = ConfigDict(protected_namespaces=())
-
-
-Dimension = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
-
-
-class RequestInput(_Body):
-    """A tensor sent by a client; data in row-major order, flat or nested."""
-
-    name: str
-    shape: Annotated[list[Dimension], Field(max_length=8)]
-    datatype: str
-    data: list[Any]
-
-
-class RequestOutput(_Body):
-    """A tensor that a client asks for."""
-
-    name: str
-
-
-class InferenceRequest(_Body):
-    """The body of /v2/models/{name}/infer; without outputs, all are meant."""
-
-    id: str | None = None
-    inputs: list[RequestInput]
-    outputs: list[RequestOutput] | None = None
-
-
-class ResponseOutput(_Body):
-    """A tensor sent to a client; data flat, in row-major order."""
-
-    name: str
-    shape: list[int]
-    datatype: str
-    data: list[float] | list[str]
-
-
-class InferenceResponse(_Body):
-    """The answer of /v2/models/{name}/infer."""
-
-    model_name: str
-    id: str | None = None
-    outputs: list[ResponseOutput]
 
 
 class TensorMetadata(_Body):
@@ -69,6 +28,7 @@ class ModelMetadata(_Body):
     """The answer of /v2/models/{name}."""
 
     name: str
+    versions: list[str]
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
@@ -86,6 +46,115 @@ class ModelReady(_Body):
 
     name: str
     ready: bool
+
+
+class InputConfig(_Body):
+    """An input in Triton's words; the number of samples is not one of its dimensions."""
+
+    name: str
+    data_type: str
+    dims: list[int]
+
+
+class OutputConfig(InputConfig):
+    """An output in Triton's words."""
+
+
+class ModelConfig(_Body):
+    """The answer of /v2/models/{name}/config."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: list[InputConfig]
+    output: list[OutputConfig]
+
+
+class Durations(_Body):
+    """How often something was done, and the nanoseconds that it took in all."""
+
+    count: int
+    ns: int
+
+
+class InferenceStatistics(_Body):
+    """What became of a model's requests; the durations are of queue and forwards."""
+
+    success: Durations
+    fail: Durations
+    queue: Durations
+    compute_input: Durations
+    compute_infer: Durations
+    compute_output: Durations
+
+
+class ModelStatistics(_Body):
+    """How much a model was used since the service started."""
+
+    name: str
+    version: str
+    last_inference: int
+    inference_count: int
+    execution_count: int
+    inference_stats: InferenceStatistics
+    batch_stats: list[dict[str, Any]]
+
+
+class StatisticsList(_Body):
+    """The answer of /v2/models/{name}/stats."""
+
+    model_stats: list[ModelStatistics]
+
+
+class InputDistance(_Body):
+    """How far the inputs are from training's, in standard deviations; null: too few so far."""
+
+    distance: float | None
+    channels: list[float] | None
+
+
+class LayerDistance(_Body):
+    """How far the inputs of a batch normalization are from its running statistics."""
+
+    name: str
+    distance: float | None
+    batches: int
+
+
+class ModelDrift(_Body):
+    """The answer of /v2/models/{name}/drift."""
+
+    model_name: str
+    model_version: str
+    samples: int
+    input: InputDistance
+    layers: list[LayerDistance]
+
+
+class Prediction(_Body):
+    """What a model makes of one image."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Predictions(_Body):
+    """The answer of /predict/{name}: one prediction a file, in their order."""
+
+    model_name: str
+    model_version: str
+    predictions: list[Prediction]
+
+
+class IndexEntry(_Body):
+    """A bundle in the models directory."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNAVAILABLE"]
+    reason: str
 
 
 class ServerMetadata(_Body):

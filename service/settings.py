@@ -1,6 +1,7 @@
 """What may be configured of the service: by command line, or by SYNCBN_ environment variables."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -22,18 +23,79 @@ class Settings(BaseSettings):
         extra="forbid",
     )
 
-    models: Path = Field(description="a bundle, or a directory of bundles")
+    models: Path = Field(
+        description="a bundle, or a directory of bundles, or of directories of their versions"
+    )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(
         default=8000, ge=0, le=65535, description="port to listen on; 0: any free one"
     )
-    timeout_s: float = Field(default=30.0, gt=0, description="longest wait for one prediction")
-    max_body_bytes: int = Field(default=16 << 20, gt=0, description="largest request body accepted")
-    max_batch_size: int = Field(
-        default=1024, gt=0, description="most samples accepted in one request"
+    workers: int = Field(
+        default=1, ge=1, le=256, description="processes that serve; each loads every model"
     )
     threads: int = Field(
-        default=0, ge=0, le=1024, description="threads of one prediction; 0: as torch chooses"
+        default=0,
+        ge=0,
+        le=1024,
+        description="torch threads of one prediction; 0: the cores divided by the workers",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where models compute; auto: CUDA where there is one"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="what models compute in; bfloat16 is faster and less exact"
+    )
+    compile: bool = Field(
+        default=False, description="compile models with torch.compile before they are ready"
+    )
+    max_batch_size: int = Field(
+        default=32, gt=0, le=65536, description="most samples that one forward computes"
+    )
+    max_request_rows: int = Field(
+        default=1024, gt=0, description="most samples accepted in one request"
+    )
+    max_queue_rows: int = Field(
+        default=4096, gt=0, description="most samples that wait for one model; more are refused"
+    )
+    max_body_bytes: int = Field(default=16 << 20, gt=0, description="largest request body accepted")
+    max_image_pixels: int = Field(
+        default=50_000_000, gt=0, description="largest image file that is decoded, in pixels"
+    )
+    timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=86400,
+        description="longest wait for one prediction, for a body, and for requests under way at "
+        "shutdown",
+    )
+    poll_s: float = Field(
+        default=2.0, gt=0, le=86400, description="how often to look for new bundles"
+    )
+    versions: int = Field(
+        default=1, ge=1, le=1000, description="how many of a model's newest versions are served"
+    )
+    api_keys: Path | None = Field(
+        default=None, description="file of API keys as syncbn-keys writes it; none: no keys needed"
+    )
+    no_auth: bool = Field(
+        default=False,
+        description="ask for no keys, even where the address can be reached from other machines",
+    )
+    cors_origins: list[str] = Field(
+        default=[], description="origins whose pages may use the API from a browser"
+    )
+    drift: bool = Field(
+        default=True, description="compare a sample of the inputs with the running statistics"
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto",
+        description="how log lines look: json for machines, text for people; auto: text on a "
+        "terminal",
+    )
+    telemetry: bool = Field(
+        default=False,
+        description="send OpenTelemetry traces, as the OTEL_ environment variables say; needs the "
+        "extra syncbn[telemetry]",
     )
     allow_imports: bool = Field(
         default=False,

@@ -1,10 +1,19 @@
-"""Whether the server lives, whether it is ready, and what it is."""
+"""Whether the server lives, whether it is ready, what it is, and what it has measured."""
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from service.schemas import ServerLive, ServerMetadata, ServerReady
 
 router = APIRouter(tags=["health"])
+_EXTENSIONS = [
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "schedule_policy",
+    "statistics",
+]
 
 
 @router.get("/v2/health/live")
@@ -22,4 +31,12 @@ async def ready() -> ServerReady:
 @router.get("/v2")
 async def server_metadata(request: Request) -> ServerMetadata:
     """Return the server's name, version and protocol extensions."""
-    return ServerMetadata(name="syncbn", version=request.app.version, extensions=[])
+    return ServerMetadata(name="syncbn", version=request.app.version, extensions=_EXTENSIONS)
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Return all metrics, as Prometheus reads them."""
+    request.app.state.data_plane.measure_drift()
+    body, content_type = request.app.state.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type})

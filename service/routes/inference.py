@@ -1,78 +1,188 @@
-"""The models, what they take and give, and their answers."""
+"""The models: what they take and give, and their answers."""
 
-import asyncio
+from typing import Any
 
-from fastapi import APIRouter, Request
-from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
+import msgspec
+from fastapi import APIRouter, Request, Response
 
-from service.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
-from service.inference import DataPlane, model_metadata
+from service.errors import InvalidRequestError
+from service.inference import DataPlane
+from service.routes.answers import PlainRoute
+from service.routes.body import compressed, has_left, read_body
 from service.schemas import (
-    InferenceRequest,
-    InferenceResponse,
+    ErrorBody,
+    ModelConfig,
+    ModelDrift,
     ModelList,
     ModelMetadata,
     ModelReady,
+    StatisticsList,
 )
 from service.settings import Settings
+from service.tensors import InferenceRequest, InferenceResponse
 
-router = APIRouter(prefix="/v2/models", tags=["models"])
+JSON_BYTES = "Inference-Header-Content-Length"
+_WORTH_COMPRESSING_BYTES = 1024
+_REF = "#/components/schemas/{name}"
+_NAME = "/v2/models/{name}"
+_VERSION = _NAME + "/versions/{version}"
+
+_, INFERENCE_SCHEMAS = msgspec.json.schema_components(
+    (InferenceRequest, InferenceResponse), ref_template=_REF
+)
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": description}
+    for status, description in (
+        (400, "the request does not follow the protocol, or does not fit the model"),
+        (401, "no API key, or an unknown one"),
+        (404, "no such model"),
+        (408, "the body did not arrive in time"),
+        (413, "the body is too large"),
+        (415, "the body is encoded in an unknown way"),
+        (429, "too many samples wait already; see Retry-After"),
+        (500, "the model failed on this input"),
+        (503, "no answer in time; see Retry-After"),
+    )
+}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    status: REFUSALS[status] for status in (400, 401, 404)
+}
+_TENSORS = {"type": "string", "format": "binary"}
+
+
+def _infer_description(*path: str) -> dict[str, Any]:
+    """Return what the API's description says of inference, which FastAPI cannot see."""
+
+    def content(name: str) -> dict[str, Any]:
+        return {
+            "application/json": {"schema": {"$ref": _REF.format(name=name)}},
+            "application/octet-stream": {"schema": _TENSORS},
+        }
+
+    def parameter(name: str, where: str, text: str, kind: str) -> dict[str, Any]:
+        required = where == "path"
+        schema = {"type": kind} if kind == "string" else {"type": kind, "minimum": 0}
+        return {"name": name, "in": where, "required": required, "description": text} | {
+            "schema": schema
+        }
+
+    json_bytes = "how many bytes of the body are JSON, where binary tensors follow it"
+    return {
+        "parameters": [
+            *(parameter(each, "path", f"the model's {each}", "string") for each in path),
+            parameter(JSON_BYTES, "header", json_bytes, "integer"),
+        ],
+        "requestBody": {"required": True, "content": content("InferenceRequest")},
+        "responses": {
+            "200": {
+                "description": "the outputs; binary where that was asked for",
+                "content": content("InferenceResponse"),
+                "headers": {JSON_BYTES: {"schema": {"type": "integer"}, "description": json_bytes}},
+            }
+        },
+    }
+
+
+# Inference comes first, as routes are tried in their order.
+plain_router = APIRouter(tags=["models"], route_class=PlainRoute)
+
+
+@plain_router.post(
+    _VERSION + "/infer", responses=REFUSALS, openapi_extra=_infer_description("name", "version")
+)
+@plain_router.post(_NAME + "/infer", responses=REFUSALS, openapi_extra=_infer_description("name"))
+async def infer(request: Request) -> Response:
+    """Return a model's outputs for one sample or a batch of them.
+
+    Tensors are JSON, or binary behind the JSON, whose length the header then says. A header of 0
+    means that the whole body is one sample in binary, and so will the answer be.
+    """
+    settings, data_plane = _settings(request), _data_plane(request)
+    path, headers = request.path_params, request.headers
+    name, version = path["name"], path.get("version")
+    data_plane.registry.get(name, version)  # an unknown model costs no body
+    length = headers.get(JSON_BYTES)
+    if length is not None and not (length.isascii() and length.isdigit() and len(length) < 19):
+        raise InvalidRequestError(f"{JSON_BYTES} must be a number of bytes, got {length[:40]!r}")
+    body = await read_body(
+        request, limit_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s
+    )
+    receive = request.receive
+    answer, json_bytes = await data_plane.infer(
+        name, version, body, None if length is None else int(length), lambda: has_left(receive)
+    )
+    response = Response(answer, media_type="application/json")
+    if json_bytes is not None:
+        response.headers["content-type"] = "application/octet-stream"
+        response.headers[JSON_BYTES] = str(json_bytes)
+    if len(answer) >= _WORTH_COMPRESSING_BYTES and (accepted := headers.get("accept-encoding")):
+        packed, encoding = compressed(answer, accepted)
+        if encoding is not None:
+            response.body = packed
+            response.headers["content-length"] = str(len(packed))
+            response.headers["content-encoding"] = encoding
+            response.headers["vary"] = "Accept-Encoding"
+    return response
+
+
+router = APIRouter(tags=["models"])
 
 
 def _data_plane(request: Request) -> DataPlane:
     return request.app.state.data_plane
 
 
-@router.get("")
+def _settings(request: Request) -> Settings:
+    return request.app.state.settings
+
+
+@router.get("/v2/models")
 async def list_models(request: Request) -> ModelList:
     """Return every model's metadata."""
-    registry = _data_plane(request).registry
-    return ModelList(models=[model_metadata(registry.get(name)) for name in registry.names()])
+    data_plane = _data_plane(request)
+    return ModelList(models=[data_plane.metadata(name) for name in data_plane.registry.names()])
 
 
-@router.get("/{name}")
-async def metadata(request: Request, name: str) -> ModelMetadata:
+@router.get("/v2/models/stats")
+async def all_statistics(request: Request) -> StatisticsList:
+    """Return how often each model was asked, and how long it took."""
+    return _data_plane(request).statistics()
+
+
+@router.get(_VERSION, responses=_NOT_FOUND)
+@router.get(_NAME, responses=_NOT_FOUND)
+async def metadata(request: Request, name: str, version: str | None = None) -> ModelMetadata:
     """Return what a model takes and gives."""
-    return model_metadata(_data_plane(request).registry.get(name))
+    return _data_plane(request).metadata(name, version)
 
 
-@router.get("/{name}/ready")
-async def model_ready(request: Request, name: str) -> ModelReady:
+@router.get(_VERSION + "/ready", responses=_NOT_FOUND)
+@router.get(_NAME + "/ready", responses=_NOT_FOUND)
+async def model_ready(request: Request, name: str, version: str | None = None) -> ModelReady:
     """Answer 200 for a model that is loaded."""
-    _data_plane(request).registry.get(name)
+    _data_plane(request).registry.get(name, version)
     return ModelReady(name=name, ready=True)
 
 
-@router.post("/{name}/infer", response_model_exclude_none=True)
-async def infer(request: Request, name: str) -> InferenceResponse:
-    """Return a model's outputs for one sample or a batch of them, in JSON tensors."""
-    _data_plane(request).registry.get(name)  # an unknown model costs no body
-    body = await _read_body(request, request.app.state.settings)
-    try:
-        parsed = InferenceRequest.model_validate_json(body)
-    except ValidationError as error:
-        reasons = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'body'}: {item['msg']}"
-            for item in error.errors(include_url=False)[:5]
-        )
-        raise InvalidRequestError(f"the body is not an inference request: {reasons}") from None
-    return await _data_plane(request).infer(name, parsed)
+@router.get(_VERSION + "/config", responses=_NOT_FOUND)
+@router.get(_NAME + "/config", responses=_NOT_FOUND)
+async def config(request: Request, name: str, version: str | None = None) -> ModelConfig:
+    """Return a model's configuration, as Triton's clients read it."""
+    return _data_plane(request).config(name, version)
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
-    """Return the raw body; clients of the protocol do not always state a content type."""
-    limit_bytes, body = settings.max_body_bytes, bytearray()
-    try:
-        async with asyncio.timeout(settings.timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit_bytes:
-                    raise BodyTooLargeError(
-                        f"the body is larger than {limit_bytes} bytes; send fewer samples"
-                    )
-    except TimeoutError:
-        raise BodyTimeoutError(f"the body took longer than {settings.timeout_s:g} s") from None
-    except ClientDisconnect:
-        raise BodyTimeoutError("the client went away before the end of the body") from None
-    return bytes(body)
+@router.get(_VERSION + "/stats", responses=_NOT_FOUND)
+@router.get(_NAME + "/stats", responses=_NOT_FOUND)
+async def statistics(request: Request, name: str, version: str | None = None) -> StatisticsList:
+    """Return how often a model was asked, and how long it took."""
+    return _data_plane(request).statistics(name, version)
+
+
+@router.get(_VERSION + "/drift", responses=_NOT_FOUND)
+@router.get(_NAME + "/drift", responses=_NOT_FOUND)
+async def drift(request: Request, name: str, version: str | None = None) -> ModelDrift:
+    """Return how far recent inputs are from what the model was trained with.
+
+    Distances are in standard deviations of training: 0 means as in training.
+    """
+    return _data_plane(request).drift(name, version)

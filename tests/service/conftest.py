@@ -22,9 +22,9 @@ from syncbn.models import build_model
 CLASSES = ("circle", "square", "star")
 
 
-def write_small_bundle(path: Path, name: str = "shapes") -> None:
+def write_small_bundle(path: Path, name: str = "shapes", seed: int = 0) -> None:
     """Write a bundle of a random model for images of shape (1, 4, 4)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     arguments: dict[str, int | float | bool | str] = {
         "in_channels": 1,
         "num_classes": len(CLASSES),
@@ -54,6 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(models: Path) -> Generator[TestClient]:
-    app = create_app(Settings(models=models, max_body_bytes=100_000, max_batch_size=100))
+    app = create_app(
+        Settings(models=models, max_body_bytes=100_000, max_batch_size=64, max_request_rows=100)
+    )
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client

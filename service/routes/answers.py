@@ -1,0 +1,52 @@
+"""How routes are called and how they answer: plainly, and errors as {"error": …}."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
+
+from service.errors import ServiceError
+from service.schemas import ErrorBody
+
+
+class PlainRoute(APIRoute):
+    """A route that calls its endpoint with the request alone, and sends the response it returns.
+
+    FastAPI's own solves dependencies and validates answers, which takes as long as a small model's
+    forward. In the API's description it is like any other. It has to be among the app's own routes,
+    as routers that an app includes go around it.
+    """
+
+    def __init__(
+        self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **options: Any
+    ) -> None:
+        super().__init__(path, endpoint, **options)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive))
+            await response(scope, receive, send)
+
+        self.app = answer
+
+
+class JsonResponse(Response):
+    """JSON of what msgspec encodes."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return msgspec.json.encode(content)
+
+
+def error_answer(error: ServiceError) -> Response:
+    """Return what tells a client of an error; the protocol's clients fail on any other form."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    # What a client sent may be quoted in it, at any length.
+    body = ErrorBody(error=str(error)[:1000]).model_dump()
+    return JsonResponse(body, error.status, headers)

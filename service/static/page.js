@@ -1,0 +1,354 @@
+// The page at /: models, predictions of images dropped on it, and drift.
+// What comes from the service or from a file's name is only ever shown as text, never as markup.
+
+const REFRESH_MS = 10_000;
+const AT_ONCE = 4; // requests: a browser has about six connections, and the lists need one
+const SHOWN_CLASSES = 5;
+const SHOWN_LAYERS = 3;
+const KEPT_RESULTS = 50;
+const DRIFTED = 1; // the distance from which the page says so
+const SMALL_PX = 96; // the thumbnail's own size
+const KEY = "syncbn-api-key";
+
+const byId = (id) => document.getElementById(id);
+
+/** An element with attributes and children; strings become text. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+const words = (name) => name.replaceAll("_", " ");
+const percent = (share) =>
+  share > 0 && share < 0.0005 ? "<0.1%" : `${(100 * share).toFixed(1)}%`;
+const duration = (ms) => (ms < 1000 ? `${Math.max(1, Math.round(ms))} ms` : `${(ms / 1000).toFixed(1)} s`);
+
+function metric(name, value) {
+  if (typeof value !== "number") return String(value);
+  return /accuracy/i.test(name) && value >= 0 && value <= 1
+    ? percent(value)
+    : String(Number(value.toPrecision(4)));
+}
+
+/** Sets a text only where it differs: a screen reader reads out whatever is set. */
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+// Requests
+
+class RefusedError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function request(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = key === null ? {} : { Authorization: `Bearer ${key}` };
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch {
+    throw new Error("the service is not reachable, or closed the connection");
+  }
+  if (response.ok) {
+    if (key !== null) byId("key-form").hidden = true;
+    return response;
+  }
+  const body = await response.json().catch(() => null);
+  const message = body?.error ?? `${response.status} ${response.statusText}`;
+  if (response.status === 401) askForKey(key, message);
+  throw new RefusedError(response.status, message);
+}
+
+const fetchJson = async (path, options) => (await request(path, options)).json();
+
+function askForKey(refusedKey, message) {
+  // Another may have been given while this one was under way.
+  if (refusedKey !== null && refusedKey === sessionStorage.getItem(KEY)) {
+    sessionStorage.removeItem(KEY);
+  }
+  say(byId("key-hint"), `The service says: ${message}. The key is kept until this tab is closed.`);
+  byId("key-form").hidden = false;
+}
+
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, byId("key").value.trim());
+  byId("key").value = "";
+  refresh();
+});
+
+// A link sends no key.
+byId("metrics").addEventListener("click", async (event) => {
+  if (sessionStorage.getItem(KEY) === null && byId("key-form").hidden) return;
+  event.preventDefault();
+  try {
+    const text = await (await request(event.currentTarget.href)).text();
+    location.assign(URL.createObjectURL(new Blob([text], { type: "text/plain" })));
+  } catch (error) {
+    showProblem(error);
+  }
+});
+
+function showProblem(error) {
+  byId("problem").hidden = error === null || error.status === 401; // the key's form says that
+  say(byId("problem"), error === null ? "" : error.message);
+  if (error !== null && listed === "") say(byId("models-state"), "Not known yet.");
+}
+
+// Models
+
+let chosen = null;
+let listed = "";
+
+function showModels(models) {
+  if (!models.some((model) => model.name === chosen)) choose(models[0]?.name ?? null);
+  say(
+    byId("models-state"),
+    models.length > 0
+      ? ""
+      : "No model is loaded yet. One that is published into the models directory appears here by itself.",
+  );
+  const list = JSON.stringify(models);
+  if (list === listed) return; // and neither focus nor scroll position is lost
+  listed = list;
+  const hadFocus = byId("models").contains(document.activeElement);
+  byId("models").replaceChildren(...models.map(modelChoice));
+  if (hadFocus) byId("models").querySelector(":checked")?.focus();
+}
+
+function modelChoice(model, index) {
+  const ids = { name: `model-${index}`, facts: `model-${index}-facts` };
+  const input = make("input", {
+    type: "radio",
+    name: "model",
+    "aria-labelledby": ids.name,
+    "aria-describedby": ids.facts,
+  });
+  input.checked = model.name === chosen;
+  input.addEventListener("change", () => choose(model.name));
+  const facts = make("dl", { id: ids.facts });
+  const add = (term, value) =>
+    facts.append(make("div", {}, make("dt", {}, term), make("dd", {}, value)));
+  const { architecture, classes, metrics } = model.parameters ?? {};
+  const versions = model.versions ?? [];
+  if (versions.length > 0) add(versions.length === 1 ? "version" : "versions", versions.join(", "));
+  for (const { shape } of model.inputs ?? []) add("input", shape.slice(1).join(" × "));
+  if (architecture) add("architecture", architecture);
+  if (classes) add("classes", String(classes.length));
+  for (const [name, value] of Object.entries(metrics ?? {})) add(words(name), metric(name, value));
+  return make(
+    "label",
+    { class: "model" },
+    input,
+    make("span", { class: "name", id: ids.name }, model.name),
+    facts,
+  );
+}
+
+function choose(name) {
+  chosen = name;
+  say(byId("chosen"), name ?? "");
+  byId("for-model").hidden = name === null;
+  byId("files").disabled = name === null;
+}
+
+// Drift
+
+async function showDrift(models) {
+  const rows = [];
+  for (const { name } of models) {
+    const path = `v2/models/${encodeURIComponent(name)}/drift`;
+    try {
+      rows.push(driftRow(name, await fetchJson(path)));
+    } catch (error) {
+      if (error.status === 401) throw error;
+      const cell = make("td", { colspan: "3", class: "error" }, error.message);
+      rows.push(make("tr", {}, make("th", { scope: "row" }, name), cell));
+    }
+  }
+  byId("drift-rows").replaceChildren(...rows);
+  byId("drift").hidden = rows.length === 0;
+}
+
+function driftRow(name, { samples, input, layers }) {
+  const most = layers
+    .filter((layer) => layer.distance !== null)
+    .sort((one, other) => other.distance - one.distance)
+    .slice(0, SHOWN_LAYERS);
+  const items = most.map((layer) => make("li", {}, `${layer.name} `, distance(layer.distance)));
+  return make(
+    "tr",
+    {},
+    make("th", { scope: "row" }, name),
+    make("td", { "data-title": "samples" }, samples.toLocaleString("en")),
+    make("td", { "data-title": "input" }, distance(input.distance)),
+    make("td", { "data-title": "layers" }, items.length > 0 ? make("ul", {}, ...items) : "–"),
+  );
+}
+
+function distance(value) {
+  if (value === null) return "too few samples yet";
+  const text = value < 1000 ? value.toFixed(2) : value.toExponential(1);
+  return value > DRIFTED ? make("span", { class: "drifted" }, `${text} drifted`) : text;
+}
+
+// Predictions
+
+const waiting = [];
+let underWay = 0;
+
+function predict(files) {
+  const results = files.map((file) => {
+    const body = make("p", { class: "hint" }, "waiting …");
+    const small = make("small");
+    const text = make("div", {}, make("h3", {}, `${file.name} `, small), body);
+    if (chosen === null) {
+      body.replaceWith(failure(file, "there is no model to ask yet"));
+    } else {
+      waiting.push({ file, model: chosen, body, small });
+    }
+    return make("li", { class: "result" }, thumbnail(file), text);
+  });
+  byId("results").prepend(...results);
+  while (byId("results").children.length > KEPT_RESULTS) byId("results").lastChild.remove();
+  work();
+}
+
+async function work() {
+  if (underWay >= AT_ONCE || waiting.length === 0) return;
+  underWay += 1;
+  const { file, model, body, small } = waiting.shift();
+  work(); // the next, beside this one
+  try {
+    await readable(file);
+    const form = new FormData();
+    form.append("files", file);
+    const start = performance.now();
+    const answer = await fetchJson(`predict/${encodeURIComponent(model)}`, {
+      method: "POST",
+      body: form,
+    });
+    const took = duration(performance.now() - start);
+    const [prediction] = answer.predictions;
+    say(small, `${answer.model_name}, version ${answer.model_version}, ${took}`);
+    body.replaceWith(classes(prediction));
+    announce(`${file.name}: ${prediction.label}, ${percent(prediction.probability)}`);
+  } catch (error) {
+    say(small, model);
+    body.replaceWith(failure(file, error.message));
+  } finally {
+    underWay -= 1;
+    work();
+  }
+}
+
+/** A folder can be dropped too, and a file be gone since: fetch would blame the service. */
+async function readable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Error("this cannot be read as a file");
+  }
+}
+
+function thumbnail(file) {
+  const image = make("img", { alt: "" });
+  const frame = make("div", { class: "thumbnail" }, image);
+  const url = URL.createObjectURL(file);
+  image.addEventListener("load", () => {
+    URL.revokeObjectURL(url);
+    if (Math.max(image.naturalWidth, image.naturalHeight) < SMALL_PX) image.className = "small";
+  });
+  image.addEventListener("error", () => {
+    URL.revokeObjectURL(url);
+    frame.replaceChildren("no preview");
+  });
+  image.src = url;
+  return frame;
+}
+
+function classes({ label, probabilities }) {
+  const best = Object.entries(probabilities)
+    .sort(([a, p], [b, q]) => q - p || Number(b === label) - Number(a === label))
+    .slice(0, SHOWN_CLASSES);
+  const rows = best.map(([name, share]) => {
+    const filled = make("span");
+    filled.style.setProperty("--share", String(share));
+    return make(
+      "li",
+      {},
+      make("span", { class: "class", title: name }, name),
+      make("span", { class: "bar", "aria-hidden": "true" }, filled),
+      make("span", { class: "share" }, percent(share)),
+    );
+  });
+  return make("ol", { class: "classes" }, ...rows);
+}
+
+function failure(file, message) {
+  announce(`${file.name}: ${message}`);
+  return make("p", { class: "error" }, message);
+}
+
+function announce(text) {
+  byId("announcement").textContent = text;
+}
+
+byId("files").addEventListener("change", (event) => {
+  predict([...event.target.files]);
+  event.target.value = ""; // so that the same file can be chosen again
+});
+
+document.addEventListener("paste", (event) => predict([...(event.clipboardData?.files ?? [])]));
+
+// Anywhere on the page: a browser would leave it to show a file that misses the marked place.
+const holdsFiles = (event) => event.dataTransfer?.types.includes("Files") ?? false;
+
+document.addEventListener("dragover", (event) => {
+  if (!holdsFiles(event)) return;
+  event.preventDefault();
+  byId("drop").classList.add("over");
+});
+document.addEventListener("dragleave", (event) => {
+  if (event.relatedTarget === null) byId("drop").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  byId("drop").classList.remove("over");
+  if (!holdsFiles(event)) return;
+  event.preventDefault();
+  predict([...event.dataTransfer.files]);
+});
+
+// Keeping up to date, while anyone looks
+
+let refreshing = false;
+
+async function refresh() {
+  if (refreshing) return;
+  refreshing = true;
+  try {
+    const { models } = await fetchJson("v2/models");
+    showModels(models);
+    await showDrift(models);
+    showProblem(null);
+  } catch (error) {
+    showProblem(error);
+  } finally {
+    refreshing = false;
+  }
+}
+
+function refreshIfWatched() {
+  // Without the key that it asks for, each would be refused.
+  if (document.visibilityState === "visible" && byId("key-form").hidden) refresh();
+}
+
+document.addEventListener("visibilitychange", refreshIfWatched);
+setInterval(refreshIfWatched, REFRESH_MS);
+refresh();
