@@ -6,19 +6,20 @@ The extra `ray` brings Ray. Every replica is the whole service, and batches what
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
 
 from service.app import create_app, prepare_process
 from service.settings import Settings
 
+# Of an extra, which whoever checks types need not have.
+serve: Any = import_module("ray.serve")
 _OWN = ("replicas", "cpus", "gpus")
 
 
-def build(arguments: dict[str, str]) -> Application:
+def build(arguments: dict[str, str]) -> Any:
     """Return the service as an application of Ray Serve.
 
     Args:
@@ -32,7 +33,7 @@ def build(arguments: dict[str, str]) -> Application:
     own = {key: value for key, value in arguments.items() if key in _OWN}
     cpus = float(own.get("cpus", 1))
     given: dict[str, Any] = {key: value for key, value in arguments.items() if key not in _OWN}
-    settings = Settings(**{"threads": max(1, int(cpus)), **given})
+    settings = Settings.model_validate({"threads": max(1, int(cpus)), **given})
 
     def replica() -> FastAPI:
         # Ray gives a process as many OpenMP threads as it has CPUs, before torch is imported.
@@ -51,4 +52,5 @@ def build(arguments: dict[str, str]) -> Application:
     class Service:
         """One replica."""
 
-    return Service.bind()
+    deployment: Any = Service
+    return deployment.bind()

@@ -242,7 +242,7 @@ class _Traffic:
 
 def _be_clients(pipe: Connection, *arguments: Any) -> None:
     while requests := pipe.recv():
-        traffic = _Traffic(*arguments, requests)
+        traffic = _Traffic(*arguments, requests=requests)
         asyncio.run(traffic.run())
         pipe.send((dict(traffic.counts), traffic.errors))
 
