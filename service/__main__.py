@@ -10,22 +10,21 @@ import socket
 import sys
 import tempfile
 import threading
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import uvicorn
-import uvloop
-from fastapi import FastAPI
 from pydantic import ValidationError
 from pydantic_settings import CliApp
-from uvicorn.supervisors import Multiprocess
 
-from service import logs
-from service.app import create_app, prepare_process
 from service.auth import KeysFileError
 from service.settings import Settings
-from service.telemetry import TelemetryError
 from syncbn.errors import BundleError
+
+if TYPE_CHECKING:
+    # Torch and the web take seconds to import, which whoever mistyped an option need not wait for.
+    import uvicorn
+    from fastapi import FastAPI
 
 # How the command tells its workers of itself.
 _SETTINGS, _STATE_DIR = "SYNCBN_WORKER_SETTINGS", "SYNCBN_WORKER_STATE_DIR"
@@ -52,13 +51,16 @@ def main() -> None:
             "--models",
             1,
         )
+    if settings.telemetry and find_spec("opentelemetry.sdk") is None:
+        _fail("--telemetry needs what pip install 'syncbn[telemetry]' installs", 1)
+    os.environ.setdefault("OTEL_SERVICE_NAME", "syncbn")
     listener, url = _listen(settings)
     try:
         if settings.workers == 1:
             _serve_alone(settings, listener, url)
         else:
             _serve_together(settings, listener, url)
-    except (BundleError, KeysFileError, TelemetryError) as error:
+    except (BundleError, KeysFileError) as error:
         _fail(str(error), 1)
 
 
@@ -87,6 +89,12 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
 
 
 def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
+    import uvicorn
+    import uvloop
+
+    from service import logs
+    from service.app import create_app, prepare_process
+
     logs.configure(settings.log_format)
     prepare_process()
 
@@ -103,6 +111,10 @@ def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
 
 def _serve_together(settings: Settings, listener: socket.socket, url: str) -> None:
     """Run workers that share the socket; one that ends is replaced."""
+    from uvicorn.supervisors import Multiprocess
+
+    from service import logs
+
     logs.configure(settings.log_format)
     with tempfile.TemporaryDirectory(prefix="syncbn-serve-") as directory:
         state_dir, metrics_dir = Path(directory) / "state", Path(directory) / "metrics"
@@ -119,8 +131,11 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
         Multiprocess(config, [listener]).run()
 
 
-def worker_app() -> FastAPI:
+def worker_app() -> "FastAPI":
     """Return the app of one of several workers, which ends when the command does."""
+    from service import logs
+    from service.app import create_app, prepare_process
+
     settings = Settings.model_validate_json(os.environ[_SETTINGS])
     logs.configure(settings.log_format)
     prepare_process()
@@ -137,7 +152,9 @@ def worker_app() -> FastAPI:
     return create_app(settings, state_dir=Path(os.environ[_STATE_DIR]), strict=False)
 
 
-def _config(app: FastAPI | str, settings: Settings) -> uvicorn.Config:
+def _config(app: "FastAPI | str", settings: Settings) -> "uvicorn.Config":
+    import uvicorn
+
     return uvicorn.Config(
         app,
         loop="uvloop",

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from service import logs, telemetry
+from service import logs
 from service.auth import Keys
 from service.control import Control
 from service.errors import ServiceError
@@ -29,6 +29,7 @@ from service.routes import health, inference, pages, predict, repository
 from service.routes.answers import error_answer
 from service.settings import Settings
 
+_NOT_TRACED = ("/v2/health/", "/metrics", "/static/")
 _M_ARENA_MAX = -8  # of <malloc.h>
 
 
@@ -45,11 +46,8 @@ def create_app(
     Raises:
         pydantic.ValidationError: a setting in the environment is missing or wrong.
         KeysFileError: the file of keys cannot be read.
-        TelemetryError: traces are asked for, and what sends them is not installed.
     """
     chosen = settings or Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
-    if chosen.telemetry:
-        telemetry.configure()
     keys = None if chosen.api_keys is None or chosen.no_auth else Keys(chosen.api_keys)
     metrics = Metrics()
     registry: Registry[ServedModel] = Registry(
@@ -86,6 +84,12 @@ def create_app(
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
+        telemetry={
+            "auto_configure": chosen.telemetry,
+            "metrics": False,  # Prometheus has them
+            "logs": False,
+            "exclude": lambda scope: scope["path"].startswith(_NOT_TRACED),
+        },
     )
     app.state.settings = chosen
     app.state.metrics = metrics

@@ -54,9 +54,14 @@ def test_requests_are_traced(
 
 def test_missing_extra_is_explained(models: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; sys.modules['opentelemetry.sdk'] = None; sys.argv[1:] = ['--models', "
-        f"{str(models)!r}, '--port', '0', '--telemetry']; import service.__main__ as m; m.main()"
+        "import sys, importlib.util as util; find = util.find_spec; "
+        "util.find_spec = lambda name: None if name == 'opentelemetry.sdk' else find(name); "
+        f"sys.argv[1:] = ['--models', {str(models)!r}, '--port', '0', '--telemetry']; "
+        "import service.__main__ as m; m.main()"
     )
     result = run([sys.executable, "-c", program], tmp_path)
     assert result.returncode == 1
-    assert "syncbn-serve: --telemetry needs the extra telemetry: pip install" in result.stdout
+    assert (
+        "syncbn-serve: --telemetry needs what pip install 'syncbn[telemetry]' installs"
+        in result.stdout
+    )
