@@ -1,8 +1,8 @@
 """The data plane: from a request's bytes to a model's answer; no HTTP in it."""
 
 import asyncio
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class DataPlane:
         start_s = asyncio.get_running_loop().time()
         model = self.registry.get(name, version)
         spec = model.manifest.input
-        with _counted(model) as count:
+        with _Counted(model) as count:
             request, binary = tensors.read_request(body, json_bytes, spec)
             samples = tensors.read_samples(request, binary, spec, self._max_request_rows)
             deadline_s = start_s + self._timeout_of(request)
@@ -93,7 +93,7 @@ class DataPlane:
             answer = tensors.write_response(
                 request, model.identity, probabilities, model.manifest.classes
             )
-            count(len(samples))
+            count.answered = len(samples)
             return answer
 
     async def classify(
@@ -119,7 +119,7 @@ class DataPlane:
         """
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s
         model = self.registry.get(name, version)
-        with _counted(model) as count:
+        with _Counted(model) as count:
             if not 0 < len(files) <= self._max_request_rows:
                 raise InvalidRequestError(
                     f"{len(files)} image files in one request; send 1 to {self._max_request_rows}"
@@ -137,7 +137,7 @@ class DataPlane:
                 ]
             )
             probabilities = await self._predict(model, samples, deadline_s, is_gone)
-            count(len(samples))
+            count.answered = len(samples)
         classes = model.manifest.classes
         return Predictions(
             model_name=model.name,
@@ -166,7 +166,7 @@ class DataPlane:
                     for at in range(0, len(samples), most)
                 ]
             )
-        if not np.isfinite(probabilities).all():
+        if not tensors.all_finite(probabilities):
             raise InvalidRequestError(
                 f"model {model.name!r} overflowed on this input; are its values in the usual range?"
             )
@@ -317,23 +317,34 @@ class DataPlane:
                     model.metrics.drift(report.input_distance, distances)
 
 
-@contextmanager
-def _counted(model: ServedModel) -> Generator[Callable[[int], None]]:
-    """Count a request's outcome, which is "ok" once what it yields was called with its rows."""
-    outcome, answered = "failed", 0
+class _Counted:
+    """Keeps a model alive for a request, and counts what became of it.
 
-    def answer(rows: int) -> None:
-        nonlocal outcome, answered
-        outcome, answered = "ok", rows
+    Attributes:
+        answered: its samples, once there is an answer.
+    """
 
-    try:
-        with model.in_use():
-            yield answer
-    except ServiceError as error:
-        outcome = error.outcome
-        raise
-    except asyncio.CancelledError:
-        outcome = "cancelled"
-        raise
-    finally:
-        model.metrics.requests(outcome, answered)
+    __slots__ = ("_model", "answered")
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.answered = 0
+
+    def __enter__(self) -> "_Counted":
+        self._model.users += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            outcome = "ok"
+        elif isinstance(error, ServiceError):
+            outcome = error.outcome
+        else:
+            outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+        self._model.metrics.requests(outcome, self.answered)
+        self._model.release()

@@ -79,9 +79,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         start_s = time.perf_counter()
-        headers = dict[bytes, bytes](scope["headers"])
+        headers = scope["headers_by_name"] = dict[bytes, bytes](scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not request_id or not _REQUEST_ID.fullmatch(request_id):
             request_id = b"%s-%x" % (self._id_prefix, next(self._numbers))
         token = request_id_var.set(request_id.decode())
         status = 0
@@ -90,11 +90,13 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                answer: list[tuple[bytes, bytes]] = [*message.get("headers", ()), *_SECURITY]
-                if not any(name == b"cache-control" for name, _ in answer):
-                    answer.append(_NOT_STORED)
-                answer.append((b"x-request-id", request_id))
-                message["headers"] = answer
+                given: list[tuple[bytes, bytes]] = message.get("headers", [])
+                message["headers"] = [*given, *_SECURITY, (b"x-request-id", request_id)]
+                for name, _ in given:
+                    if name == b"cache-control":
+                        break
+                else:
+                    message["headers"].append(_NOT_STORED)
             await send(message)
 
         try:

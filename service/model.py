@@ -3,9 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,6 +121,7 @@ class ServedModel:
         predictor: what computes.
         watch: of its inputs' drift; None: nobody watches.
         batcher: after `start`.
+        users: requests that need it yet, of which each may ask the batcher more than once.
     """
 
     batcher: Batcher
@@ -143,9 +142,8 @@ class ServedModel:
         self._compute = compute
         self.predictor = predictor
         self.identity = (self.name, version)
-        self._users = 0
+        self.users = 0
         self._unused = asyncio.Event()
-        self._unused.set()
         self._executor: ThreadPoolExecutor | None = None
         self._times = self._warm_up()
 
@@ -194,24 +192,20 @@ class ServedModel:
         if self.watch is not None:
             self.watch.observe(samples)
 
-    @contextmanager
-    def in_use(self) -> Generator[None]:
-        """Keep it alive for a request that may ask the batcher more than once."""
-        self._users += 1
-        self._unused.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if not self._users:
-                self._unused.set()
+    def release(self) -> None:
+        """Say that a request that was added to `users` is over."""
+        self.users -= 1
+        if not self.users:
+            self._unused.set()
 
     async def drain(self) -> None:
         """Answer what is under way, for `timeout_s` at the most, and end."""
         deadline_s = asyncio.get_running_loop().time() + self._compute.timeout_s
         try:
             async with asyncio.timeout_at(deadline_s):
-                await self._unused.wait()
+                while self.users:
+                    self._unused.clear()
+                    await self._unused.wait()
         except TimeoutError:
             log.warning(
                 "model %s version %s: requests are still under way", self.name, self.version

@@ -6,10 +6,31 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import ServiceError
 from service.schemas import ErrorBody
+
+
+class BytesAnswer:
+    """An answer of bytes with status 200, without what a `Response` has for cookies and the like.
+
+    Args:
+        body: the bytes.
+        headers: names in lower case, and values, besides that of the length.
+    """
+
+    __slots__ = ("_body", "_headers")
+
+    def __init__(self, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        self._body = body
+        self._headers = [*headers, (b"content-length", b"%d" % len(body))]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        start = {"type": "http.response.start", "status": 200, "headers": self._headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": self._body})
 
 
 class PlainRoute(APIRoute):
@@ -21,7 +42,7 @@ class PlainRoute(APIRoute):
     """
 
     def __init__(
-        self, path: str, endpoint: Callable[[Request], Awaitable[Response]], **options: Any
+        self, path: str, endpoint: Callable[[Request], Awaitable[ASGIApp]], **options: Any
     ) -> None:
         super().__init__(path, endpoint, **options)
 

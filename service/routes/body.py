@@ -6,7 +6,7 @@ from collections.abc import Coroutine
 from typing import Any, cast
 
 from fastapi import Request
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from service.errors import (
     BodyTimeoutError,
@@ -35,10 +35,18 @@ async def read_body(request: Request, *, limit_bytes: int, timeout_s: float) -> 
         InvalidRequestError: it cannot be decompressed.
     """
     chunks: list[bytes] = []
+    encoding = header(request, "content-encoding").strip().lower()
+    if encoding == "identity":
+        encoding = ""
+    first = _at_hand(request.receive)
+    if first is not None and first["type"] == "http.request" and not first.get("more_body", False):
+        body = first.get("body", b"")  # the usual case, without the cost of a deadline
+        return body if not encoding else _decompressed(body, encoding, limit_bytes)
     try:
         async with asyncio.timeout(timeout_s):
             while True:
-                message = await request.receive()
+                message = first or await request.receive()
+                first = None
                 if message["type"] == "http.disconnect":
                     raise BodyTimeoutError("the client went away before the end of the body")
                 chunks.append(message.get("body", b""))
@@ -47,8 +55,7 @@ async def read_body(request: Request, *, limit_bytes: int, timeout_s: float) -> 
     except TimeoutError:
         raise BodyTimeoutError(f"the body took longer than {timeout_s:g} s") from None
     body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    return body if encoding == "identity" else _decompressed(body, encoding, limit_bytes)
+    return body if not encoding else _decompressed(body, encoding, limit_bytes)
 
 
 def _decompressed(body: bytes, encoding: str, limit_bytes: int) -> bytes:
@@ -86,16 +93,26 @@ def compressed(body: bytes, accepted: str) -> tuple[bytes, str | None]:
     return body, None
 
 
-def has_left(receive: Receive) -> bool:
-    """Return whether the client of a request whose body was read has closed the connection.
+def header(request: Request, name: str) -> str:
+    """Return a header by its name in lower case; empty where there is none.
 
-    Servers tell by a message, which is there already or would be waited for: one step of the
-    coroutine shows which.
+    The middleware has them in a dict already, while `request.headers` looks through a list.
     """
+    return request.scope["headers_by_name"].get(name.encode(), b"").decode("latin-1")
+
+
+def has_left(receive: Receive) -> bool:
+    """Return whether the client of a request whose body was read has closed the connection."""
+    message = _at_hand(receive)
+    return message is not None and message["type"] == "http.disconnect"
+
+
+def _at_hand(receive: Receive) -> Message | None:
+    """Return the next message if it need not be waited for, which one step of `receive` shows."""
     waiting = cast(Coroutine[Any, Any, Any], receive())
     try:
         waiting.send(None)
     except StopIteration as stop:
-        return stop.value["type"] == "http.disconnect"
+        return stop.value
     waiting.close()
-    return False
+    return None

@@ -3,12 +3,12 @@
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 
 from service.errors import InvalidRequestError
 from service.inference import DataPlane
-from service.routes.answers import PlainRoute
-from service.routes.body import compressed, has_left, read_body
+from service.routes.answers import BytesAnswer, PlainRoute
+from service.routes.body import compressed, has_left, header, read_body
 from service.schemas import (
     ErrorBody,
     ModelConfig,
@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.tensors import InferenceRequest, InferenceResponse
 
 JSON_BYTES = "Inference-Header-Content-Length"
+_JSON_BYTES = JSON_BYTES.lower()
 _WORTH_COMPRESSING_BYTES = 1024
 _REF = "#/components/schemas/{name}"
 _NAME = "/v2/models/{name}"
@@ -88,41 +89,54 @@ plain_router = APIRouter(tags=["models"], route_class=PlainRoute)
 
 
 @plain_router.post(
-    _VERSION + "/infer", responses=REFUSALS, openapi_extra=_infer_description("name", "version")
+    _VERSION + "/infer",
+    response_model=None,
+    responses=REFUSALS,
+    openapi_extra=_infer_description("name", "version"),
 )
-@plain_router.post(_NAME + "/infer", responses=REFUSALS, openapi_extra=_infer_description("name"))
-async def infer(request: Request) -> Response:
+@plain_router.post(
+    _NAME + "/infer",
+    response_model=None,
+    responses=REFUSALS,
+    openapi_extra=_infer_description("name"),
+)
+async def infer(request: Request) -> BytesAnswer:
     """Return a model's outputs for one sample or a batch of them.
 
     Tensors are JSON, or binary behind the JSON, whose length the header then says. A header of 0
     means that the whole body is one sample in binary, and so will the answer be.
     """
     settings, data_plane = _settings(request), _data_plane(request)
-    path, headers = request.path_params, request.headers
+    path = request.path_params
     name, version = path["name"], path.get("version")
     data_plane.registry.get(name, version)  # an unknown model costs no body
-    length = headers.get(JSON_BYTES)
-    if length is not None and not (length.isascii() and length.isdigit() and len(length) < 19):
-        raise InvalidRequestError(f"{JSON_BYTES} must be a number of bytes, got {length[:40]!r}")
+    json_bytes: int | None = None
+    if _JSON_BYTES.encode() in request.scope["headers_by_name"]:
+        length = header(request, _JSON_BYTES)
+        if not (length.isascii() and length.isdigit() and len(length) < 19):
+            raise InvalidRequestError(
+                f"{JSON_BYTES} must be a number of bytes, got {length[:40]!r}"
+            )
+        json_bytes = int(length)
     body = await read_body(
         request, limit_bytes=settings.max_body_bytes, timeout_s=settings.timeout_s
     )
     receive = request.receive
     answer, json_bytes = await data_plane.infer(
-        name, version, body, None if length is None else int(length), lambda: has_left(receive)
+        name, version, body, json_bytes, lambda: has_left(receive)
     )
-    response = Response(answer, media_type="application/json")
+    headers = [(b"content-type", b"application/json")]
     if json_bytes is not None:
-        response.headers["content-type"] = "application/octet-stream"
-        response.headers[JSON_BYTES] = str(json_bytes)
-    if len(answer) >= _WORTH_COMPRESSING_BYTES and (accepted := headers.get("accept-encoding")):
-        packed, encoding = compressed(answer, accepted)
+        headers = [
+            (b"content-type", b"application/octet-stream"),
+            (_JSON_BYTES.encode(), b"%d" % json_bytes),
+        ]
+    if len(answer) >= _WORTH_COMPRESSING_BYTES:
+        answer, encoding = compressed(answer, header(request, "accept-encoding"))
         if encoding is not None:
-            response.body = packed
-            response.headers["content-length"] = str(len(packed))
-            response.headers["content-encoding"] = encoding
-            response.headers["vary"] = "Accept-Encoding"
-    return response
+            headers.append((b"content-encoding", encoding.encode()))
+        headers.append((b"vary", b"Accept-Encoding"))
+    return BytesAnswer(answer, headers)
 
 
 router = APIRouter(tags=["models"])

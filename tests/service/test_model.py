@@ -226,11 +226,12 @@ def test_requests_are_answered_until_it_is_drained(
         served.start()
         loop = asyncio.get_running_loop()
         samples = _samples(read_bundle(models / "one"), 3).numpy()
-        with served.in_use():
-            draining = asyncio.create_task(served.drain())
-            await asyncio.sleep(0.01)
-            assert not draining.done()
-            answer = await served.batcher.predict(samples, loop.time() + 30)
+        served.users += 1
+        draining = asyncio.create_task(served.drain())
+        await asyncio.sleep(0.01)
+        assert not draining.done()
+        answer = await served.batcher.predict(samples, loop.time() + 30)
+        served.release()
         assert answer.shape == (3, 3)
         async with asyncio.timeout(30):
             await draining
@@ -244,8 +245,8 @@ def test_request_that_never_ends_is_not_waited_for(models: Path) -> None:
     async def run() -> None:
         served = await asyncio.to_thread(_load, models / "one", timeout_s=0.05)
         served.start()
-        with served.in_use():
-            async with asyncio.timeout(30):
-                await served.drain()
+        served.users += 1
+        async with asyncio.timeout(30):
+            await served.drain()
 
     asyncio.run(run())
