@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _SETTINGS, _STATE_DIR = "SYNCBN_WORKER_SETTINGS", "SYNCBN_WORKER_STATE_DIR"
 _METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _KEEP_ALIVE_S = 75  # longer than load balancers keep a connection that they may still use
-_WORKER_START_TIMEOUT_S = 300
+# After which a worker that does not say that it lives is replaced: one that was killed while it was
+# asked is missed so long.
+_HEALTH_TIMEOUT_S = 15
 
 
 def main() -> None:
@@ -126,7 +128,7 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
         config = _config("service.__main__:worker_app", settings)
         config.workers = settings.workers
         config.factory = True
-        config.timeout_worker_healthcheck = _WORKER_START_TIMEOUT_S
+        config.timeout_worker_healthcheck = _HEALTH_TIMEOUT_S
         _announce(settings, url)
         Multiprocess(config, [listener]).run()
 

@@ -1,5 +1,6 @@
 import copy
 import re
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -603,3 +604,38 @@ def test_bfloat16_bias_moves_into_float32_statistics() -> None:
     bias, mean = (model.get_parameter("0.bias").float(), model.get_buffer("1.running_mean").clone())
     assert drop_redundant_bias(model) == ("0.bias",)
     assert torch.equal(model.get_buffer("1.running_mean"), mean - bias)
+
+
+def test_other_threads_may_call_models_meanwhile() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(50))).eval()
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        expected = model(x)
+    done = threading.Event()
+    wrong: list[object] = []
+
+    def call() -> None:
+        while not done.is_set():
+            try:
+                with torch.no_grad():
+                    if not torch.equal(model(x), expected):
+                        wrong.append("another output")
+            except Exception as error:  # whatever a trace makes of it
+                wrong.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            assert len(fold(_stack()).folded) == 20
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(30)
+    assert wrong == []
+
+
+def _stack() -> nn.Module:
+    layers = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)) for _ in range(20)]
+    return nn.Sequential(*layers).eval()

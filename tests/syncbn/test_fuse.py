@@ -64,8 +64,8 @@ def _assert_computes_the_same(ours: nn.Module, truth: nn.Module, x: Tensor) -> N
     ("name", "fused"),
     [
         ("resnet18", 17),
-        ("mobilenet_v2", 10),
-        ("densenet121", 121),
+        pytest.param("mobilenet_v2", 10, marks=pytest.mark.long),
+        pytest.param("densenet121", 121, marks=pytest.mark.long),
     ],
 )
 def test_architectures_of_torchvision_compute_the_same(name: str, fused: int) -> None:
