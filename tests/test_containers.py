@@ -1,20 +1,26 @@
 """The container files against what they name: there is no container engine where tests run."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from service.app import create_app
+from service.auth import read_keys
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.support.processes import REPOSITORY
+from syncbn.train.config import compose_config
+from tests.support.processes import REPOSITORY, run
 
 COMPOSE: dict[str, Any] = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text())
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
@@ -70,6 +76,62 @@ def test_service_of_the_compose_file_has_settings_that_are_valid(
     assert str(settings.api_keys) == "/keys/api-keys"
 
 
+def test_every_training_command_is_a_configuration_that_there_is() -> None:
+    text = (REPOSITORY / "docker-compose.yml").read_text()
+    commands = re.findall(r"syncbn-train((?: [a-z_.]+=\S+)+)", text)
+    assert len(commands) == 3
+    for command in commands:
+        assert compose_config(shlex.split(command)).publish == "/models"
+
+
+def test_training_starts_only_where_there_is_no_model(tmp_path: Path) -> None:
+    *shell, line = COMPOSE["services"]["train"]["command"]
+    assert shell == ["sh", "-c"]
+    line = line.replace("/models/", f"{tmp_path}/").replace("exec syncbn-train", "exec echo train")
+    model = tmp_path / "digits-cnn"
+    for name in (".publish.lock", ".1.half/bundle.json"):  # what a publication begins with
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("")
+        assert run([*shell, line], tmp_path).stdout.startswith("train publish=")
+    (model / ".1.half").rename(model / "1")
+    result = run([*shell, line], tmp_path)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_key_of_prometheus_is_made_once_and_is_one_of_the_services_keys(tmp_path: Path) -> None:
+    *shell, line = COMPOSE["services"]["keys"]["command"]
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    made: set[str] = set()
+    for _ in range(2):
+        result = run([*shell, line.replace("/keys/", f"{tmp_path}/")], tmp_path, PATH=programs)
+        assert result.returncode == 0, result.stdout
+        made.add((tmp_path / "prometheus").read_text())
+    (key,) = made
+    assert key.startswith("syncbn_")
+    (record,) = read_keys(tmp_path / "api-keys")
+    assert (record.role, record.label) == ("read", "prometheus")
+
+
+def test_what_is_named_inside_a_container_is_mounted_there() -> None:
+    services = COMPOSE["services"]
+    mounts = {
+        name: {volume.split(":")[1] for volume in service.get("volumes", [])}
+        for name, service in services.items()
+    }
+    config = next(each for each in services["prometheus"]["command"] if "config.file" in each)
+    assert config.partition("=")[2] in mounts["prometheus"]
+    prometheus = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    (job,) = prometheus["scrape_configs"]
+    key = job["authorization"]["credentials_file"]
+    assert services["keys"]["command"][-1].endswith(f"> {key}")
+    environment = services["grafana"]["environment"]
+    assert environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] in mounts["grafana"]
+    for file in (key, services["service"]["environment"]["SYNCBN_API_KEYS"]):
+        assert {"/keys"} <= mounts["keys"] & mounts["prometheus"] & mounts["service"]
+        assert str(Path(file).parent) == "/keys"
+    assert "/models" in mounts["service"] & mounts["train"]
+
+
 def test_every_file_that_is_mounted_exists_and_every_volume_is_declared() -> None:
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", []):
@@ -105,6 +167,7 @@ def test_image_runs_as_another_user_than_root_and_tells_its_health() -> None:
 def test_everything_that_is_copied_exists_and_is_not_ignored() -> None:
     lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
     kept = [line.removeprefix("!") for line in lines if line.startswith("!")]
+    ignored = [line for line in lines if line[0] not in "!#" and line != "*"]
     copied: set[str] = set()
     for arguments in _instructions("COPY"):
         if not arguments.startswith("--from"):
@@ -113,6 +176,7 @@ def test_everything_that_is_copied_exists_and_is_not_ignored() -> None:
     for source in copied:
         assert (REPOSITORY / source).exists(), source
         assert any(fnmatch(source, pattern) for pattern in kept), source
+        assert not any(fnmatch(source, pattern) for pattern in ignored), source
 
 
 def test_wheel_has_all_that_its_build_asks_for() -> None:
@@ -120,8 +184,12 @@ def test_wheel_has_all_that_its_build_asks_for() -> None:
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     asked = {*wheel["packages"], *wheel["force-include"], project["project"]["readme"]}
     asked |= set(project["project"]["license-files"])
-    copied = " ".join(_instructions("COPY"))
-    assert all(name in copied for name in asked)
+    asked |= {wheel["hooks"]["custom"]["path"], project["tool"]["hatch"]["version"]["path"]}
+    stage = DOCKERFILE.partition("\nFROM base AS wheel\n")[2].partition("\nFROM ")[0]
+    lines = re.findall(r"^COPY (.*)$", stage, re.MULTILINE)
+    copied = {Path(source) for line in lines for source in line.split()[:-1]}
+    for name in asked:
+        assert copied & {Path(name), *Path(name).parents}, name
 
 
 def test_prometheus_asks_the_service_and_grafana_asks_prometheus() -> None:
@@ -132,13 +200,10 @@ def test_prometheus_asks_the_service_and_grafana_asks_prometheus() -> None:
     assert COMPOSE["services"]["service"]["environment"]["SYNCBN_PORT"] == "8000"
     (source,) = yaml.safe_load((MONITORING / "datasource.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
-    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
-    uids = {
-        panel["datasource"]["uid"]
-        for panel in dashboard["panels"]
-        if panel.get("datasource") is not None
-    }
-    assert uids == {source["uid"]}
+    dashboard = (MONITORING / "dashboard.json").read_text()
+    assert set(re.findall(r'"datasource": \{[^}]*"uid": "(\w+)"\}', dashboard)) == {source["uid"]}
+    numbers = [panel["id"] for panel in json.loads(dashboard)["panels"]]
+    assert len(set(numbers)) == len(numbers) > 10
     (provider,) = yaml.safe_load((MONITORING / "dashboards.yml").read_text())["providers"]
     home = COMPOSE["services"]["grafana"]["environment"][
         "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"
@@ -165,3 +230,17 @@ def test_dashboard_shows_metrics_that_there_are_with_labels_that_they_have() -> 
         assert set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", query)) <= labels, query
         for group in re.findall(r"\bby \(([^)]*)\)", query):
             assert set(re.split(r",\s*", group)) <= labels, query
+
+
+def test_dashboard_asks_for_routes_that_there_are(tmp_path: Path) -> None:
+    routes = create_app(Settings(models=tmp_path)).openapi()["paths"]
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    asked = {
+        part
+        for query in _strings(dashboard)
+        for pattern in re.findall(r'\broute[=!]~"([^"]*)"', query)
+        for part in pattern.split("|")
+    }
+    assert len(asked) >= 4
+    for pattern in asked:  # of the whole route, as Prometheus does
+        assert any(re.fullmatch(pattern, route) for route in routes), pattern

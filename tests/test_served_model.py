@@ -1,5 +1,6 @@
 """What is served is what was trained: from training on two ranks to an answer over HTTP."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ def _train(run_dir: Path) -> Tensor:
         return models[-1]
 
     state.convert_sync_batchnorm = convert_and_keep  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
-    config = compose_config([f"run_dir={run_dir}", "track=none", "model.width=8", "epochs=2"])
+    places = [f"run_dir={run_dir}", f"publish={run_dir.parent / 'models'}"]
+    config = compose_config([*places, "track=none", "model.width=8", "epochs=2"])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
     loop.train(config, run, torch.device("cpu"), quiet_watch())
     dataset = digits()
@@ -38,14 +40,22 @@ def _train(run_dir: Path) -> Tensor:
         return models[0].eval()(inputs).softmax(1)
 
 
-def test_sample_sent_alone_gets_the_probabilities_it_has_inside_a_batch(tmp_path: Path) -> None:
-    trained, _ = run_world(2, _train, tmp_path / "run", deadline_s=120)
+def test_model_appears_in_a_running_service_and_answers_alone_as_inside_a_batch(
+    tmp_path: Path,
+) -> None:
     test = digits().test
     assert isinstance(test, TensorImages)
-    samples = test.samples[:40]
+    (tmp_path / "models").mkdir()
     served: list[Tensor] = []
-    with TestClient(create_app(Settings(models=tmp_path / "run" / "bundle"))) as client:
-        for sample in samples:
+    app = create_app(Settings(models=tmp_path / "models", poll_s=0.1))
+    with TestClient(app) as client:
+        assert client.get("/v2/models").json() == {"models": []}
+        trained, _ = run_world(2, _train, tmp_path / "run", deadline_s=120)
+        deadline = time.monotonic() + 60
+        while client.get("/v2/models/digits-cnn/versions/1/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for sample in test.samples[:40]:
             image = {
                 "name": "image",
                 "shape": [1, 1, 8, 8],

@@ -35,6 +35,10 @@ def export(
 
     Collective: the best model's state is broadcast from rank 0, and, with `recalibrate`, what that
     function sends.
+
+    Raises:
+        TrainingError: the bundle cannot be published, on rank 0 alone; the run directory is
+            complete then.
     """
     model = training.exported
     name = "model" if training.average is None else "average"
@@ -73,10 +77,11 @@ def export(
         if not run.bundle_dir.exists():  # or an attempt before this one was stopped right here
             write_bundle(run.bundle_dir, description, model, allow_imports=imports)
         log.info("bundle written to %s", run.bundle_dir)
-        if training.config.publish is not None:
-            publish(run.bundle_dir, Path(training.config.publish), training.config.name)
         try:
             plot_curves(run.path)
         except OSError as error:  # the model is safe, and that is what counts
             log.warning("no picture of the curves: %s", error)
+        # Last, so that the run directory is complete wherever this fails.
+        if training.config.publish is not None:
+            publish(run.bundle_dir, Path(training.config.publish), training.config.name)
     return metrics

@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Generator
@@ -19,6 +20,7 @@ from service.app import create_app
 from service.settings import Settings
 from service.tensors import Array
 from syncbn.bundle import read_bundle
+from tests.service.conftest import write_small_bundle
 
 INFER = "/v2/models/shapes/infer"
 IMAGE = [[[0.5] * 4] * 4]
@@ -421,3 +423,28 @@ def test_settings_come_from_the_environment(models: Path, monkeypatch: pytest.Mo
 def test_documentation_page_is_served(client: TestClient) -> None:
     assert client.get("/docs").status_code == 200
     assert INFER.replace("shapes", "{name}") in client.get("/openapi.json").json()["paths"]
+
+
+def test_model_that_takes_long_holds_up_no_other(tmp_path: Path) -> None:
+    write_small_bundle(tmp_path / "one")
+    write_small_bundle(tmp_path / "two", "twins")
+    started, go_on = threading.Event(), threading.Event()
+
+    def dawdle(samples: Array) -> Array:
+        started.set()
+        assert go_on.wait(60)
+        return np.full((len(samples), 3), 1 / 3, np.float32)
+
+    app = create_app(Settings(models=tmp_path))
+    with ThreadPoolExecutor(2) as threads, TestClient(app) as client:
+        batcher = app.state.registry.get("twins").batcher
+        batcher._predict, batcher._executor = dawdle, threads
+        slow = threads.submit(client.post, "/v2/models/twins/infer", json=_input())
+        assert started.wait(60)
+        try:
+            for _ in range(5):
+                assert client.post(INFER, json=_input()).status_code == 200
+            assert not slow.done()
+        finally:
+            go_on.set()
+        assert slow.result(60).status_code == 200

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError, TrainingError
 from syncbn.train.config import compose_config
 from syncbn.train.publish import publish
 from syncbn.train.run_directory import open_run_directory
+from tests.support.jobs import Job
 
 
 def _bundle(path: Path, content: str) -> Path:
@@ -85,3 +87,25 @@ def test_where_a_run_is_published_is_no_part_of_the_job(tmp_path: Path) -> None:
     open_run_directory(compose_config([run_dir]))
     open_run_directory(compose_config([run_dir, f"publish={tmp_path}/models"]))
     assert os.access(tmp_path / "models", os.W_OK)
+
+
+def test_run_that_cannot_publish_is_complete_and_repeated_publishes_once(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "digits-cnn"
+    what = (tmp_path / "run", f"publish={model.parent}", "max_steps=2", "launch.nproc=2")
+    job = Job(*what)
+    model.write_text("")  # where a directory should be made, two steps from now
+    assert job.wait() == 1
+    run, result = job.run, job.run.read_result()
+    assert result is not None
+    assert result.status == "failed"
+    assert "could not be published" in str(result.error)
+    assert f"it is safe in {run.bundle_dir}" in str(result.error)
+    assert (run.path / "curves.png").is_file()
+    trained = run.read_metrics()
+    model.unlink()
+    assert Job(*what).wait() == 0
+    assert run.read_metrics() == trained
+    assert read_bundle(model / "1").manifest == read_bundle(run.bundle_dir).manifest
+    run.result_file.unlink()  # as where the attempt was killed right after it had published
+    assert Job(*what).wait() == 0
+    assert [path.name for path in model.iterdir() if path.name[0] != "."] == ["1"]
