@@ -21,8 +21,9 @@ _VERSION = re.compile("[1-9][0-9]*")
 def publish(bundle: Path, directory: Path, name: str) -> Path:
     """Copy a bundle to `directory/name/version`, with the version after the newest that is there.
 
-    It appears whole, or not at all, and no two get the same version. A bundle that is the newest
-    already is not copied again.
+    It appears whole, or not at all, and no two get the same version. A bundle that is there
+    already, in whatever version, is not copied again: a later run's would otherwise lose its place
+    to an attempt that is repeated.
 
     Args:
         bundle: what to publish.
@@ -38,29 +39,33 @@ def publish(bundle: Path, directory: Path, name: str) -> Path:
     models = directory / name
     temporary: Path | None = None
     try:
-        models.mkdir(parents=True, exist_ok=True)
+        if not models.exists():
+            models.mkdir(parents=True, exist_ok=True)
+            models.chmod(0o755)  # readable to a service of another user, as all of it
+        # Before the lock, which others would have to wait for while a large bundle is copied.
+        temporary = Path(tempfile.mkdtemp(prefix=".new.", dir=models))
+        shutil.copytree(bundle, temporary, dirs_exist_ok=True)
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
         with FileLock(models / ".publish.lock", timeout=_LOCK_TIMEOUT_S):
-            versions = [int(path.name) for path in models.iterdir() if _is_version(path)]
-            newest = max(versions, default=0)
-            path = models / str(newest)
-            if newest and _manifest(path) == _manifest(bundle):
-                return path
-            path = models / str(newest + 1)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=models))
-            shutil.copytree(bundle, temporary, dirs_exist_ok=True)
-            # Readable to a service of another user.
-            temporary.chmod(0o755)
-            for file in temporary.iterdir():
-                file.chmod(0o644)
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
+            versions = sorted(int(path.name) for path in models.iterdir() if _is_version(path))
+            for version in reversed(versions):
+                path = models / str(version)
+                if _manifest(path) == _manifest(bundle):
+                    log.info("published already, as %s", path)
+                    return path
+            path = models / str(max(versions, default=0) + 1)
             temporary.rename(path)
         log.info("published as %s", path)
         return path
     except (OSError, shutil.Error, Timeout) as error:
         raise TrainingError(
-            f"the bundle could not be published: {error}; it is safe in {bundle}: make room, then "
-            f"copy it to a new number below {models}, first under a name that begins with a dot"
+            f"the bundle could not be published: {error}; it is safe in {bundle}. Once that is "
+            "mended, the same command with this run's run_dir publishes it, or by hand: "
+            f"cp -r {bundle} {models}/.new && mv {models}/.new {models}/VERSION, a new number"
         ) from error
     finally:
         if temporary is not None:

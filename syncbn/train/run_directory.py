@@ -192,7 +192,7 @@ def open_run_directory(config: TrainConfig, started_by: str | None = None) -> Ru
             made, or `config.publish` is not to be written to.
     """
     if config.publish is not None:
-        _check_publishable(Path(config.publish))
+        _check_publishable(Path(config.publish), config.name)
     path = Path(config.run_dir or _restarted(config, started_by) or _fresh_name(config))
     run = RunDirectory(path.resolve())
     try:
@@ -210,13 +210,16 @@ def open_run_directory(config: TrainConfig, started_by: str | None = None) -> Ru
     return run
 
 
-def _check_publishable(directory: Path) -> None:
+def _check_publishable(directory: Path, name: str) -> None:
     """Raise where nothing could be published, which is better known before training."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"publish={directory}: cannot be made: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
+    model = directory / name
+    if model.exists() and not model.is_dir():
+        raise ConfigError(f"publish={directory}: {name} in it is no directory")
+    if not os.access(model if model.exists() else directory, os.W_OK | os.X_OK):
         raise ConfigError(f"publish={directory}: cannot be written to by this user")
 
 

@@ -109,3 +109,31 @@ def test_run_that_cannot_publish_is_complete_and_repeated_publishes_once(tmp_pat
     run.result_file.unlink()  # as where the attempt was killed right after it had published
     assert Job(*what).wait() == 0
     assert [path.name for path in model.iterdir() if path.name[0] != "."] == ["1"]
+
+
+def test_repeated_attempt_does_not_take_the_place_of_a_later_run(tmp_path: Path) -> None:
+    first, second = (_bundle(tmp_path / name, name) for name in "ab")
+    models = tmp_path / "models"
+    path = publish(first, models, "m")
+    publish(second, models, "m")
+    assert publish(first, models, "m") == path
+    assert _versions(models) == ["1", "2"]
+
+
+def test_model_is_readable_to_others_whatever_the_umask(tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path / "bundle", "{}")
+    before = os.umask(0o077)
+    try:
+        publish(bundle, tmp_path / "models", "m")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "models" / "m").stat().st_mode & 0o777 == 0o755
+
+
+def test_model_that_cannot_be_published_to_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "digits-cnn").write_text("")
+    config = compose_config([f"publish={tmp_path}/models", f"run_dir={tmp_path}/run"])
+    with pytest.raises(ConfigError, match=r"publish=.*: digits-cnn in it is no directory"):
+        open_run_directory(config)
+    assert not (tmp_path / "run").exists()
