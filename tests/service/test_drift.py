@@ -177,6 +177,72 @@ def test_failure_ends_the_watch_and_nothing_else(caplog: pytest.LogCaptureFixtur
     assert watch.report().samples == 0
 
 
+class _Changing(nn.Module):
+    """A layer's input is changed in place when the layer has seen it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.norm(input=x)
+        return y.mean((2, 3)) + x.add_(100).mean((2, 3))
+
+
+def test_input_that_is_changed_in_place_is_seen_as_it_was() -> None:
+    assert _report(_samples(2000), _Changing()).layers[0].distance == pytest.approx(0, abs=0.05)
+
+
+class _Repeating(_Changing):
+    """A layer is called twice: with x, and with x + 10."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.norm(x) + self.norm(x + 10)).mean((2, 3))
+
+
+def test_layer_that_is_called_twice_is_seen_with_both_inputs() -> None:
+    layer = _report(_samples(2000), _Repeating()).layers[0]
+    # The two together have mean 5 and variance 1 + 25.
+    assert layer.distance == pytest.approx(np.hypot(5, 26**0.5 - 1), rel=0.01)
+    assert layer.batches == 125
+    assert _report(_samples(31), _Repeating()).layers[0].distance is None
+
+
+def test_what_others_ask_of_the_model_is_not_watched() -> None:
+    bundle = _bundle(_model())
+    watch = DriftWatch(bundle, clock=Clock())
+    bundle.probabilities(torch.from_numpy(_samples(16, 100.0)))
+    for _ in range(4):
+        watch.observe(_samples(16))
+    distance = watch.report().layers[0].distance
+    assert distance is not None
+    assert distance < 1
+
+
+def test_samples_of_others_memory_are_watched_and_left_alone() -> None:
+    samples = _samples(16)
+    samples.setflags(write=False)
+    watch = DriftWatch(_bundle(_model()), clock=Clock())
+    for each in (samples, samples[::-1, :, ::-1]):
+        watch.observe(each)
+    assert watch.report().samples == 32
+
+
+def test_watch_that_is_closed_while_it_looks_ends_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Closing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            watch.close()
+            raise RuntimeError("OrderedDict mutated during iteration")
+
+    watch = DriftWatch(_bundle(Closing()), clock=Clock())
+    watch.observe(_samples(4))
+    assert not caplog.text
+    assert watch.report().samples == 0
+
+
 def test_closed_watch_keeps_no_model_alive() -> None:
     model = _model()
     watch = DriftWatch(_bundle(model), clock=Clock())

@@ -2,6 +2,10 @@ import io
 import json
 import random
 import re
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from torchvision.transforms import v2
 
 from service.errors import InvalidRequestError
 from service.images import read_image
 from syncbn.bundle import Manifest, read_bundle
+from syncbn.train.images import FolderImages
+from syncbn.train.schema import FolderConfig
 
 PREDICT = "/predict/shapes"
 
@@ -62,15 +67,19 @@ def test_image_of_the_models_size_is_taken_as_it_is(mode: str, channels: int, sc
     np.testing.assert_allclose(sample * scale, pixels / 255, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(40, 40), (51, 30), (30, 51), (5, 5), (90, 7)])
-def test_image_of_another_size_is_what_training_evaluates(size: tuple[int, int]) -> None:
-    image = _noise(*size)
-    tensor = v2.functional.pil_to_tensor(image)
-    side = min(size)
-    cropped = v2.functional.center_crop(tensor, [side, side])
-    expected = v2.functional.resize(cropped, [8, 8], antialias=True).numpy()
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("size", [(40, 40), (51, 30), (30, 51), (5, 5), (90, 7), (99, 98)])
+def test_image_of_another_size_is_what_training_evaluates(
+    tmp_path: Path, size: tuple[int, int], form: str
+) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(_file(_noise(*size), form))
+    config = FolderConfig(
+        path=str(tmp_path), size=8, batch_size=1, workers=0, flip=False, crop_scale_min=1.0
+    )
+    expected = FolderImages([(str(file), 0)], config, None).__getitems__([(0, 0)])[0][0]
     # Both round to whole values.
-    np.testing.assert_allclose(_read(_file(image)), expected, rtol=0, atol=1.001)
+    np.testing.assert_allclose(_read(file.read_bytes()), expected.numpy(), rtol=0, atol=1.001)
 
 
 def test_grey_image_is_coloured_and_a_coloured_one_made_grey_as_the_model_wants() -> None:
@@ -90,6 +99,39 @@ def test_palettes_and_transparency_are_shown_as_they_are_stored() -> None:
     np.testing.assert_allclose(_read(_file(palette)), _read(_file(palette.convert("RGB"))))
 
 
+def test_palette_with_degrees_of_transparency_is_what_training_reads() -> None:
+    palette = _noise(8, 8).quantize(16)
+    content = _file(palette, transparency=bytes(range(0, 160, 10)))
+    shown = palette.convert("RGB")
+    np.testing.assert_allclose(_read(content), _read(_file(shown)))
+    grey = _read(content, (1, 8, 8))
+    np.testing.assert_allclose(grey, _read(_file(shown), (1, 8, 8)), rtol=0, atol=1.001)
+    alpha = np.asarray(palette) * 10.0
+    np.testing.assert_allclose(_read(content, (4, 8, 8))[3], np.where(alpha < 160, alpha, 255))
+
+
+def test_image_for_print_is_coloured() -> None:
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    sample = _read(_file(image.convert("CMYK"), "JPEG", quality=95))
+    np.testing.assert_allclose(sample[:, 4, 4], (200, 100, 50), atol=4)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_image_counts(form: str) -> None:
+    images = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (40, 200)]
+    options: dict[str, Any] = {} if form == "PNG" else {"lossless": True}
+    content = _file(images[0], form, save_all=True, append_images=images[1:], **options)
+    np.testing.assert_allclose(_read(content)[0], 40)
+
+
+def test_files_may_be_read_in_several_threads() -> None:
+    contents = [_file(_noise(40 + n, 30), form) for n in range(8) for form in ("PNG", "WEBP")]
+    with ThreadPoolExecutor(4) as pool:
+        samples = list(pool.map(_read, contents, timeout=30))
+    for content, sample in zip(contents, samples, strict=True):
+        np.testing.assert_array_equal(sample, _read(content))
+
+
 @pytest.mark.parametrize(
     ("form", "options"), [("JPEG", {"quality": 95}), ("WEBP", {"lossless": True})]
 )
@@ -107,6 +149,21 @@ def test_image_is_turned_as_the_camera_was_held() -> None:
     sample = _read(_file(image, "JPEG", exif=exif, quality=100), (1, 8, 8))
     assert sample[0, :, 5:].mean() > 250
     assert sample[0, :, :3].mean() < 5
+
+
+# Opening a JPEG file reads its EXIF part already; the service logs what is said of that.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_image_with_a_broken_orientation_is_read_as_it_is() -> None:
+    image = _noise(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = _file(image, "JPEG", exif=exif)
+    at = whole.index(b"Exif\0\0") + 6
+    upright = _read(_file(image, "JPEG"))
+    for place in range(at, at + 8):  # the header: byte order, its check, where the tags are
+        broken = bytearray(whole)
+        broken[place] ^= 0xFF
+        np.testing.assert_array_equal(_read(bytes(broken)), upright)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +192,56 @@ def test_image_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Image.Image, "load", None)
     with pytest.raises(InvalidRequestError):
         read_image(content, _manifest((1, 8, 8)), max_pixels=50_000_000)
+
+
+def _png_header(width: int, height: int) -> bytes:
+    content = bytearray(_file(Image.new("L", (1, 1))))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def _webp_header(width: int, height: int) -> bytes:
+    content = bytearray(_file(Image.new("RGBA", (1, 1), (1, 2, 3, 4)), "WEBP", exif=b"Exif"))
+    assert content[12:16] == b"VP8X"
+    content[24:27] = (width - 1).to_bytes(3, "little")
+    content[27:30] = (height - 1).to_bytes(3, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        # Pillow warns of the first two as it opens them, and refuses the last by itself.
+        (_png_header(10_000, 10_000), "has 10000×10000 pixels; send at most 10000"),
+        (_png_header(13_000, 13_000), "has 13000×13000 pixels; send at most 10000"),
+        (_png_header(2**31 - 1, 2**31 - 1), "pixels; send at most 10000"),
+        (_webp_header(16_000, 16_000), "pixels; send at most 10000"),
+    ],
+    ids=["100 MP", "169 MP", "largest", "WebP"],
+)
+def test_image_that_is_far_too_large_is_refused_by_our_limit_without_a_warning(
+    content: bytes, message: str
+) -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with pytest.raises(InvalidRequestError) as refusal:
+            _read(content, name="a.png")
+    assert not warned
+    assert message in str(refusal.value)
+
+
+def test_limit_may_be_above_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = _file(_noise(60, 50))
+    expected = _read(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # above twice this, it refuses
+    np.testing.assert_array_equal(_read(content), expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-300, 3e38])
+def test_scale_of_any_size_is_no_failure(scale: float) -> None:
+    sample = read_image(_file(_noise(8, 8)), _manifest((3, 8, 8), scale), max_pixels=64)
+    assert not np.isnan(sample).any()
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (8,), (3, 8), (3, 8, 8, 8)])
