@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service import tensors
 from service.errors import InvalidRequestError, ModelNotFoundError, ServiceError
@@ -29,8 +28,8 @@ from service.schemas import (
     StatisticsList,
     TensorMetadata,
 )
+from service.tensors import Array
 
-Array = NDArray[np.float32]
 IsGone = Callable[[], bool]
 _MAX_TIMEOUT_US = 86_400_000_000
 
@@ -91,7 +90,7 @@ class DataPlane:
             deadline_s = start_s + self._timeout_of(request)
             probabilities = await self._predict(model, samples, deadline_s, is_gone)
             answer = tensors.write_response(
-                request, model.identity, probabilities, model.manifest.classes
+                request, (model.name, model.version), probabilities, model.manifest.classes
             )
             count.answered = len(samples)
             return answer

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
-from service.batcher import Batcher, ForwardTimes
+from service.batcher import Array, Batcher, ForwardTimes
 from service.drift import DriftWatch
 from service.metrics import Metrics, ModelMetrics
 from syncbn.bundle import Bundle, Manifest, Preprocessing, read_bundle
@@ -22,7 +21,6 @@ from syncbn.fold import fold
 
 log = logging.getLogger(__name__)
 
-Array = NDArray[np.float32]
 # A model whose largest batch takes less is computed on the event loop: handing it to a thread and
 # back costs some 0.2 ms, and while both want the interpreter, up to its switch interval of 5 ms.
 _INLINE_S = 0.002
@@ -115,7 +113,6 @@ class ServedModel:
     Attributes:
         name: of the model.
         version: of the bundle.
-        identity: both.
         manifest: of the bundle.
         metrics: of this version.
         predictor: what computes.
@@ -141,7 +138,6 @@ class ServedModel:
         self.watch = DriftWatch(bundle) if compute.drift else None
         self._compute = compute
         self.predictor = predictor
-        self.identity = (self.name, version)
         self.users = 0
         self._unused = asyncio.Event()
         self._executor: ThreadPoolExecutor | None = None
@@ -243,12 +239,13 @@ def load_model(
     exact = replace(compute, dtype=torch.float32, compile=False)
     try:
         predictor = Predictor(bundle, exact)
-        probabilities = _check(bundle, predictor, path)
+        samples = _random_samples(bundle.manifest)
+        probabilities = _check(bundle, predictor, samples, path)
         if (compute.dtype, compute.compile) != (torch.float32, False):
             predictor = Predictor(bundle, compute)
             tolerance = _BATCH_TOLERANCE if compute.dtype == torch.float32 else _BFLOAT16_TOLERANCE
             _check_alike(
-                predictor(_random_samples(bundle.manifest)),
+                predictor(samples),
                 probabilities,
                 tolerance,
                 f"{path}: compiled or in {compute.dtype}, the probabilities differ from those in "
@@ -270,9 +267,8 @@ def _refuse_without_statistics(model: nn.Module, path: Path) -> None:
             )
 
 
-def _check(bundle: Bundle, predictor: Predictor, path: Path) -> Array:
-    """Return the probabilities of random samples, after checking the predictor with them."""
-    samples = _random_samples(bundle.manifest)
+def _check(bundle: Bundle, predictor: Predictor, samples: Array, path: Path) -> Array:
+    """Return the probabilities of raw samples, after checking the predictor with them."""
     raw = torch.from_numpy(samples)
     with torch.inference_mode():
         wanted = bundle.model(bundle.manifest.preprocessing.apply(raw))

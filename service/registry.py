@@ -4,12 +4,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from service.control import Control, Wishes
 from service.errors import LoadError, ModelNotFoundError
@@ -128,7 +128,11 @@ class Registry(Generic[T]):
         self._tasks: set[asyncio.Task[None]] = set()
         self._poller: asyncio.Task[None] | None = None
         self._listed = True
-        self.is_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it looks for changes."""
+        return self._poller is not None
 
     async def open(self, *, strict: bool = True) -> None:
         """Load what is there, and look for changes from now on.
@@ -154,7 +158,6 @@ class Registry(Generic[T]):
                 "itself",
                 self._directory,
             )
-        self.is_open = True
         self._poller = asyncio.create_task(self._poll(), name="registry")
 
     async def close(self) -> None:
@@ -163,13 +166,13 @@ class Registry(Generic[T]):
             self._poller.cancel()
             with suppress(asyncio.CancelledError):
                 await self._poller
+            self._poller = None
         async with self._lock:
             for key in list(self._served):
                 self._drop(key)
             await asyncio.gather(*self._tasks)
         self._control.leave()
         self._thread.shutdown(wait=False)
-        self.is_open = False
 
     def get(self, name: str, version: str | None = None) -> T:
         """Return a model.
@@ -263,10 +266,7 @@ class Registry(Generic[T]):
         """Have a wish fulfilled here and in the other processes."""
         wishes = await asyncio.to_thread(self._control.write, change)
         # Of its own, so that a client that goes away leaves nothing half done.
-        task = asyncio.create_task(self._follow(wishes))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
+        await asyncio.shield(self._begin(self._follow(wishes)))
         failures = await self._control.wait_for_all(wishes.generation)
         if name in failures:
             raise LoadError(failures[name])
@@ -402,7 +402,7 @@ class Registry(Generic[T]):
         self._observer.model_loaded(name, version, True)
         log.info("model %s version %s is served", name, version)
         if served is not None:
-            self._let_go(served.model)
+            self._begin(served.model.drain())
         return True
 
     def _drop(self, key: Key) -> None:
@@ -410,12 +410,14 @@ class Registry(Generic[T]):
         self._list()
         self._observer.model_loaded(*key, False)
         log.info("model %s version %s is not served any more", *key)
-        self._let_go(served.model)
+        self._begin(served.model.drain())
 
-    def _let_go(self, model: T) -> None:
-        task = asyncio.create_task(model.drain())
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Return a task of its own, which `close` waits for."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _list(self) -> None:
         by_name: dict[str, dict[str, T]] = {}
@@ -451,14 +453,14 @@ def _visible(directory: Path) -> list[Path]:
 def _bundle(path: Path) -> tuple[_Found, Key] | None:
     """Return a bundle with its name and version; None: there is none."""
     manifest = path / MANIFEST_FILE
+    signature = (_sign(manifest), _sign(path / WEIGHTS_FILE))
     try:
         if not manifest.is_file():
             return None
-        signature = (_sign(manifest), _sign(path / WEIGHTS_FILE))
         with manifest.open("rb") as stream:
             content = json.loads(stream.read(_MANIFEST_LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
-        content, signature = None, (_sign(manifest), _sign(path / WEIGHTS_FILE))
+        content = None
     name = content.get("name") if isinstance(content, Mapping) else None
     version = path.name if _VERSION.fullmatch(path.name) else "1"
     # One that does not say its name is shown by where it lies; loading it says what is wrong.

@@ -6,7 +6,7 @@ Source: https://github.com/kserve/open-inference-protocol, inference_rest.yaml, 
 protocol extensions of model configuration, statistics and model repository.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -146,15 +146,6 @@ class Predictions(_Body):
     model_name: str
     model_version: str
     predictions: list[Prediction]
-
-
-class IndexEntry(_Body):
-    """A bundle in the models directory."""
-
-    name: str
-    version: str
-    state: Literal["READY", "LOADING", "UNAVAILABLE"]
-    reason: str
 
 
 class ServerMetadata(_Body):

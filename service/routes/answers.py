@@ -11,6 +11,38 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import ServiceError
 from service.schemas import ErrorBody
 
+_REASONS = {
+    400: "the request does not follow the protocol, or does not fit the model",
+    401: "no API key, or an unknown one",
+    403: "the API key's role is not admin",
+    404: "no such model",
+    408: "the body did not arrive in time",
+    413: "the body is too large",
+    415: "the body is encoded in an unknown way",
+    429: "too many samples wait already; see Retry-After",
+    500: "the model failed on this input",
+    503: "no answer in time; see Retry-After",
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return what the API's description says of the errors that a route may answer with."""
+    return {status: {"model": ErrorBody, "description": _REASONS[status]} for status in statuses}
+
+
+def path_parameters(*names: str) -> list[dict[str, Any]]:
+    """Return what the API's description says of the parts of a plain route's path."""
+    return [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": f"the model's {name}",
+            "schema": {"type": "string"},
+        }
+        for name in names
+    ]
+
 
 class BytesAnswer:
     """An answer of bytes with status 200, without what a `Response` has for cookies and the like.

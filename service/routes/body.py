@@ -35,7 +35,7 @@ async def read_body(request: Request, *, limit_bytes: int, timeout_s: float) -> 
         InvalidRequestError: it cannot be decompressed.
     """
     chunks: list[bytes] = []
-    encoding = header(request, "content-encoding").strip().lower()
+    encoding = header(request, b"content-encoding").strip().lower()
     if encoding == "identity":
         encoding = ""
     first = _at_hand(request.receive)
@@ -93,12 +93,12 @@ def compressed(body: bytes, accepted: str) -> tuple[bytes, str | None]:
     return body, None
 
 
-def header(request: Request, name: str) -> str:
+def header(request: Request, name: bytes) -> str:
     """Return a header by its name in lower case; empty where there is none.
 
     The middleware has them in a dict already, while `request.headers` looks through a list.
     """
-    return request.scope["headers_by_name"].get(name.encode(), b"").decode("latin-1")
+    return request.scope["headers_by_name"].get(name, b"").decode("latin-1")
 
 
 def has_left(receive: Receive) -> bool:

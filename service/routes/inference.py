@@ -7,10 +7,9 @@ from fastapi import APIRouter, Request
 
 from service.errors import InvalidRequestError
 from service.inference import DataPlane
-from service.routes.answers import BytesAnswer, PlainRoute
+from service.routes.answers import BytesAnswer, PlainRoute, path_parameters, refusals
 from service.routes.body import compressed, has_left, header, read_body
 from service.schemas import (
-    ErrorBody,
     ModelConfig,
     ModelDrift,
     ModelList,
@@ -22,7 +21,7 @@ from service.settings import Settings
 from service.tensors import InferenceRequest, InferenceResponse
 
 JSON_BYTES = "Inference-Header-Content-Length"
-_JSON_BYTES = JSON_BYTES.lower()
+_JSON_BYTES = JSON_BYTES.lower().encode()
 _WORTH_COMPRESSING_BYTES = 1024
 _REF = "#/components/schemas/{name}"
 _NAME = "/v2/models/{name}"
@@ -31,23 +30,8 @@ _VERSION = _NAME + "/versions/{version}"
 _, INFERENCE_SCHEMAS = msgspec.json.schema_components(
     (InferenceRequest, InferenceResponse), ref_template=_REF
 )
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in (
-        (400, "the request does not follow the protocol, or does not fit the model"),
-        (401, "no API key, or an unknown one"),
-        (404, "no such model"),
-        (408, "the body did not arrive in time"),
-        (413, "the body is too large"),
-        (415, "the body is encoded in an unknown way"),
-        (429, "too many samples wait already; see Retry-After"),
-        (500, "the model failed on this input"),
-        (503, "no answer in time; see Retry-After"),
-    )
-}
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {
-    status: REFUSALS[status] for status in (400, 401, 404)
-}
+REFUSALS = refusals(400, 401, 404, 408, 413, 415, 429, 500, 503)
+_NOT_FOUND = refusals(400, 401, 404)
 _TENSORS = {"type": "string", "format": "binary"}
 
 
@@ -60,18 +44,12 @@ def _infer_description(*path: str) -> dict[str, Any]:
             "application/octet-stream": {"schema": _TENSORS},
         }
 
-    def parameter(name: str, where: str, text: str, kind: str) -> dict[str, Any]:
-        required = where == "path"
-        schema = {"type": kind} if kind == "string" else {"type": kind, "minimum": 0}
-        return {"name": name, "in": where, "required": required, "description": text} | {
-            "schema": schema
-        }
-
     json_bytes = "how many bytes of the body are JSON, where binary tensors follow it"
+    length = {"name": JSON_BYTES, "in": "header", "required": False, "description": json_bytes}
     return {
         "parameters": [
-            *(parameter(each, "path", f"the model's {each}", "string") for each in path),
-            parameter(JSON_BYTES, "header", json_bytes, "integer"),
+            *path_parameters(*path),
+            length | {"schema": {"type": "integer", "minimum": 0}},
         ],
         "requestBody": {"required": True, "content": content("InferenceRequest")},
         "responses": {
@@ -111,7 +89,7 @@ async def infer(request: Request) -> BytesAnswer:
     name, version = path["name"], path.get("version")
     data_plane.registry.get(name, version)  # an unknown model costs no body
     json_bytes: int | None = None
-    if _JSON_BYTES.encode() in request.scope["headers_by_name"]:
+    if _JSON_BYTES in request.scope["headers_by_name"]:
         length = header(request, _JSON_BYTES)
         if not (length.isascii() and length.isdigit() and len(length) < 19):
             raise InvalidRequestError(
@@ -129,10 +107,10 @@ async def infer(request: Request) -> BytesAnswer:
     if json_bytes is not None:
         headers = [
             (b"content-type", b"application/octet-stream"),
-            (_JSON_BYTES.encode(), b"%d" % json_bytes),
+            (_JSON_BYTES, b"%d" % json_bytes),
         ]
     if len(answer) >= _WORTH_COMPRESSING_BYTES:
-        answer, encoding = compressed(answer, header(request, "accept-encoding"))
+        answer, encoding = compressed(answer, header(request, b"accept-encoding"))
         if encoding is not None:
             headers.append((b"content-encoding", encoding.encode()))
         headers.append((b"vary", b"Accept-Encoding"))

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import BodyTimeoutError, InvalidRequestError
 from service.inference import DataPlane
-from service.routes.answers import JsonResponse, PlainRoute
+from service.routes.answers import JsonResponse, PlainRoute, path_parameters
 from service.routes.body import has_left, read_body
 from service.routes.inference import REFUSALS
 from service.schemas import Predictions
@@ -27,10 +27,7 @@ def _description(*path: str) -> dict[str, Any]:
     }
     images = {f"image/{kind}": {"schema": _FILE} for kind in ("png", "jpeg", "webp")}
     return {
-        "parameters": [
-            {"name": each, "in": "path", "required": True, "schema": {"type": "string"}}
-            for each in path
-        ],
+        "parameters": path_parameters(*path),
         "requestBody": {
             "required": True,
             "content": {"multipart/form-data": {"schema": form}, **images},

@@ -6,17 +6,14 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequestError
-from service.registry import Registry
-from service.routes.answers import JsonResponse, PlainRoute
+from service.registry import IndexEntry, Registry
+from service.routes.answers import JsonResponse, PlainRoute, path_parameters, refusals
 from service.routes.body import read_body
-from service.schemas import ErrorBody, IndexEntry
 
 # The protocol's clients send any content type or none, which FastAPI would refuse.
 router = APIRouter(prefix="/v2/repository", tags=["repository"], route_class=PlainRoute)
 _BODY_LIMIT_BYTES = 1 << 16
-_NAME: dict[str, Any] = {
-    "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-}
+_NAME: dict[str, Any] = {"parameters": path_parameters("name")}
 
 
 def _body(properties: dict[str, Any]) -> dict[str, Any]:
@@ -24,18 +21,8 @@ def _body(properties: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": False, "content": {"application/json": {"schema": schema}}}}
 
 
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in (
-        (400, "the body is not of the protocol, or the model cannot be loaded"),
-        (401, "no API key, or an unknown one"),
-        (403, "the API key's role is not admin"),
-        (404, "no such model"),
-        (408, "the body did not arrive in time"),
-        (413, "the body is too large"),
-        (415, "the body is encoded in an unknown way"),
-    )
-}
+_REFUSALS = refusals(400, 401, 403, 404, 408, 413, 415)
+_REFUSALS[400]["description"] = "the body is not of the protocol, or the model cannot be loaded"
 _PARAMETERS = _body({"parameters": {"type": "object"}})
 
 
@@ -54,15 +41,7 @@ async def index(request: Request) -> Response:
     only_ready = (await _object(request)).get("ready", False)
     if type(only_ready) is not bool:
         raise InvalidRequestError(f"ready must be true or false, got {only_ready!r}")
-    entries = _registry(request).index(ready=only_ready)
-    return JsonResponse(
-        [
-            IndexEntry(
-                name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
-            ).model_dump()
-            for entry in entries
-        ]
-    )
+    return JsonResponse(_registry(request).index(ready=only_ready))
 
 
 @router.post("/models/{name}/load", responses=_REFUSALS, openapi_extra=_NAME | _PARAMETERS)

@@ -17,10 +17,9 @@ import yaml
 
 from syncbn.errors import ConfigError
 from syncbn.train.report import ENDS, Record, best_epoch, read_records, read_result
+from syncbn.train.schema import PLACES
 
 STATUSES = (*ENDS, "running", "unknown", "damaged")
-# Where a run lies is no part of what it trained.
-_PLACES = {"run_root", "run_dir", "sweep_dir", "publish"}
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 10 times as fast, where it is there
 
 T = TypeVar("T")
@@ -162,7 +161,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
         runs: what to compare; those without a configuration are passed over.
     """
     configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config if key not in _PLACES)
+    keys = dict.fromkeys(key for config in configs for key in config if key not in PLACES)
 
     def values(key: str) -> set[Any]:
         return {repr(config[key]) for config in configs if key in config}

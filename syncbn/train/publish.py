@@ -51,10 +51,11 @@ def publish(bundle: Path, directory: Path, name: str) -> Path:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         with FileLock(models / ".publish.lock", timeout=_LOCK_TIMEOUT_S):
-            versions = sorted(int(path.name) for path in models.iterdir() if _is_version(path))
-            for version in reversed(versions):
+            versions = [int(path.name) for path in models.iterdir() if _is_version(path)]
+            manifest = _manifest(bundle)
+            for version in sorted(versions, reverse=True):
                 path = models / str(version)
-                if _manifest(path) == _manifest(bundle):
+                if _manifest(path) == manifest:
                     log.info("published already, as %s", path)
                     return path
             path = models / str(max(versions, default=0) + 1)

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from syncbn.errors import ConfigError
 from syncbn.train.config import differences, from_yaml, to_yaml
-from syncbn.train.schema import TrainConfig
+from syncbn.train.schema import PLACES, TrainConfig
 
 # A predecessor that was told to end may hold the lock for a moment.
 _LOCK_TIMEOUT_S = 5
@@ -249,8 +249,8 @@ def _check_resumable(run: RunDirectory, config: TrainConfig) -> None:
     result = run.read_result()
     if result is not None and result.status == "finished":
         raise ConfigError(f"run_dir={run.path} holds a finished run; choose another directory")
-    # Where the directory lies, who trains and who is told are no part of the job.
-    same = {key: getattr(config, key) for key in ("run_dir", "run_root", "sweep_dir", "publish")}
+    # Who trains and who is told are no part of the job either.
+    same = {key: getattr(config, key) for key in PLACES}
     same |= {"launch": config.launch, "track": config.track}
     theirs = dataclasses.replace(run.read_config(), **same)
     if theirs != config:

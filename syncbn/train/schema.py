@@ -341,6 +341,9 @@ class TrainConfig:
     track: TrackConfig
 
 
+# Where a run lies, and where its model goes, is no part of what it trains.
+PLACES = ("run_root", "run_dir", "sweep_dir", "publish")
+
 CHOICES: Mapping[str, tuple[type[Any], ...]] = {
     "data": (
         DigitsConfig,
