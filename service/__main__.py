@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 _SETTINGS, _STATE_DIR = "SYNCBN_WORKER_SETTINGS", "SYNCBN_WORKER_STATE_DIR"
 _METRICS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 _KEEP_ALIVE_S = 75  # longer than load balancers keep a connection that they may still use
-# After which a worker that does not say that it lives is replaced: one that was killed while it was
-# asked is missed so long.
-_HEALTH_TIMEOUT_S = 15
+_HEALTH_TIMEOUT_S = 15  # after which a worker that does not say that it lives is replaced
 
 
 def main() -> None:
@@ -117,6 +115,14 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
 
     from service import logs
 
+    class Workers(Multiprocess):
+        def keep_subprocess_alive(self) -> None:
+            for each in self.processes:
+                # While the command has the worker's end open too, a worker that was killed while
+                # it was asked how it does would look alive until the time-out.
+                each.child_conn.close()
+            super().keep_subprocess_alive()
+
     logs.configure(settings.log_format)
     with tempfile.TemporaryDirectory(prefix="syncbn-serve-") as directory:
         state_dir, metrics_dir = Path(directory) / "state", Path(directory) / "metrics"
@@ -130,7 +136,7 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
         config.factory = True
         config.timeout_worker_healthcheck = _HEALTH_TIMEOUT_S
         _announce(settings, url)
-        Multiprocess(config, [listener]).run()
+        Workers(config, [listener]).run()
 
 
 def worker_app() -> "FastAPI":
