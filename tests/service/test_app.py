@@ -332,8 +332,8 @@ def test_bodies_are_compressed_both_ways(client: TestClient, encoding: str) -> N
     [
         (b"{}", "br", 415, "Content-Encoding 'br' is not known"),
         (b"no gzip", "gzip", 400, "the body is not gzip"),
-        (gzip.compress(b"{}")[:-1], "gzip", 400, "not one whole gzip stream"),
-        (gzip.compress(b"{}") + b"x", "gzip", 400, "not one whole gzip stream"),
+        (gzip.compress(b"{}", mtime=0)[:-1], "gzip", 400, "not one whole gzip stream"),
+        (gzip.compress(b"{}", mtime=0) + b"x", "gzip", 400, "not one whole gzip stream"),
         (gzip.compress(bytes(10_000_000)), "gzip", 413, "larger than 100000 bytes without gzip"),
     ],
 )
