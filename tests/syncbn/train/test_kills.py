@@ -21,7 +21,12 @@ FULL = (
 
 
 @pytest.mark.parametrize(
-    ("nproc", "kills"), [pytest.param(2, 20, marks=pytest.mark.long), (2, 4), (4, 2)]
+    ("nproc", "kills"),
+    [
+        pytest.param(2, 20, marks=pytest.mark.long),
+        pytest.param(4, 4, marks=pytest.mark.long),
+        (2, 4),
+    ],
 )
 def test_run_killed_at_random_instants_ends_bit_identical(
     tmp_path: Path, nproc: int, kills: int

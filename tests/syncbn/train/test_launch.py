@@ -158,7 +158,14 @@ def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_pa
 
 
 @NEEDS_PROC
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
+        signal.SIGKILL,
+    ],
+)
 def test_end_of_the_launcher_is_the_end_of_its_ranks(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -32,7 +32,11 @@ def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(tmp_path: P
 
 @pytest.mark.parametrize(
     ("number", "to"),
-    [(signal.SIGTERM, "agent"), (signal.SIGTERM, "a rank"), (signal.SIGINT, "a rank")],
+    [
+        (signal.SIGTERM, "agent"),
+        pytest.param(signal.SIGTERM, "a rank", marks=pytest.mark.long),
+        (signal.SIGINT, "a rank"),
+    ],
 )
 def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     tmp_path: Path, number: signal.Signals, to: str

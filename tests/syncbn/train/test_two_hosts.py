@@ -65,6 +65,7 @@ def _output(run_dir: Path, host: Host) -> Path:
     return run_dir.parent.with_name(f"{host.name}.out")
 
 
+@pytest.mark.long
 def test_job_of_two_hosts_is_the_same_job_to_the_bit(
     hosts: Hosts, on_one_host: dict[str, Any], tmp_path: Path
 ) -> None:
