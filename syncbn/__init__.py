@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from syncbn.fuse import Fusion, fuse
     from syncbn.layers import SyncBatchNorm
     from syncbn.recalibrate import recalibrate
+    from syncbn.whitening import SyncWhitening
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Fusion",
     "SyncBNError",
     "SyncBatchNorm",
+    "SyncWhitening",
     "convert_sync_batchnorm",
     "drop_redundant_bias",
     "fold",
@@ -37,6 +39,7 @@ _HOMES = {
     "Folding": "fold",
     "Fusion": "fuse",
     "SyncBatchNorm": "layers",
+    "SyncWhitening": "whitening",
     "convert_sync_batchnorm": "convert",
     "drop_redundant_bias": "fold",
     "fold": "fold",

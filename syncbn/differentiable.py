@@ -80,7 +80,7 @@ def gradients(dy: Tensor, saved: Saved, needs_dx: bool, kernels: Kernels, call: 
         # of x, need x as many times.
         x = torch.where(torch.ones_like(dy, dtype=torch.bool), x, dy)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        kernels, add_up = ReferenceKernels(), _differentiable_sum
+        kernels, add_up = ReferenceKernels(), differentiable_sum
         mean, invstd = _as_function_of_x(x, count, mean, invstd, call)
     if saved.output is not None:
         dy = torch.ops.aten.threshold_backward(dy, saved.output, 0)
@@ -122,7 +122,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
         x, count, mean, invstd = ctx.saved_tensors
-        sums = _differentiable_sum(torch.cat(grads), ctx.call) / count.clamp(min=1)
+        sums = differentiable_sum(torch.cat(grads), ctx.call) / count.clamp(min=1)
         dmean, dinvstd = sums.chunk(2)
         # The kernel's formula with dy = 0 and a weight of 1.
         dx = ReferenceKernels().backward_input(
@@ -131,10 +131,17 @@ class _Statistics(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _differentiable_sum(vector: Tensor, call: Call) -> Tensor:
+def differentiable_sum(vector: Tensor, call: Call, direction: str = "backward") -> Tensor:
+    """Return the sum over replicas, whose gradient is the sum of all replicas' gradients.
+
+    Communicates: one all-reduce of the vector, and one for its gradient; none in a world of one.
+
+    Raises:
+        ReplicaError: the replicas did not make the same call, or one is gone.
+    """
     if call.reducer.world_size == 1:
         return vector
-    total: Tensor = _GlobalSum.apply(vector, call)  # pyright: ignore[reportAssignmentType] -- as above
+    total: Tensor = _GlobalSum.apply(vector, call, direction)  # pyright: ignore[reportAssignmentType] -- as above
     return total
 
 
@@ -142,19 +149,19 @@ class _GlobalSum(torch.autograd.Function):
     """The sum over replicas; what depends on it anywhere depends on every replica's share."""
 
     @staticmethod
-    def forward(vector: Tensor, call: Call) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return global_sum(vector, call)
+    def forward(vector: Tensor, call: Call, direction: str) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return global_sum(vector, call, direction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.call = inputs
+        _, ctx.call, _ = inputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return _differentiable_sum(grads[0], ctx.call), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return differentiable_sum(grads[0], ctx.call), None, None
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        info: Any, in_dims: tuple[int | None, ...], vector: Tensor, call: Call
+        info: Any, in_dims: tuple[int | None, ...], vector: Tensor, call: Call, direction: str
     ) -> tuple[Tensor, int | None]:
-        return _differentiable_sum(vector, call), in_dims[0]
+        return differentiable_sum(vector, call, direction), in_dims[0]

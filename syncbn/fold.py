@@ -170,6 +170,17 @@ def drop_redundant_bias(model: nn.Module) -> tuple[str, ...]:
     return tuple(dropped)
 
 
+def layers_before(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the layer that each normalization certainly follows, or why none, by its name.
+
+    As `fold` finds them: see there for what is certain. Does not communicate.
+    """
+    try:
+        return _layers_before(model, traces_of(copy_of(model)))
+    except KeptError as error:
+        return {}, dict.fromkeys(norms(model), str(error))
+
+
 def _goes_as(model: nn.Module, traces: list[Trace]) -> bool:
     """Return whether a folded model's traces are those of before.
 

@@ -1,27 +1,25 @@
 """`SyncBatchNorm`: the layer that holds parameters and running statistics around `functional`."""
 
-import copy
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.collectives import CHOICES, Reducer, SingleReplica, select_reducer
+from syncbn.collectives import SingleReplica
 from syncbn.errors import InputError
 from syncbn.functional import alike, normalize, reason_to_refuse
 from syncbn.kernels import ReferenceKernels
 from syncbn.kernels.native import track
 from syncbn.moments import Moments
-from syncbn.reduction import Call, Memory, refuse
+from syncbn.reduction import Call, refuse
+from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
+class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
     """Batch normalization whose μ and σ are those of the batch of all replicas together.
 
     In training, y = (x − μ)/√(σ² + eps)·weight + bias over the concatenation of every replica's
@@ -66,11 +64,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithms 1 and 2.
     """
 
-    _memory: Memory
-    # Of the class, so that a converted layer has them too, and under a name that its own class is
+    # Of the class, so that a converted layer has it too, and under a name that its own class is
     # unlikely to have for a module.
     fuses_relu: bool = False
-    reducer: str | None = None
 
     def __init__(
         self,
@@ -130,19 +126,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         return _separately(output, residual, self.fuses_relu)
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        _refuse_join()
-        call = self._call(input, self._reducer(input))
+        refuse_join()
+        call = self._call(input)
         parameters = self.weight, self.bias
         output, moments = normalize(input, *parameters, residual, self.eps, relu, call)
         if moments is not None and self.track_running_stats:
             self._track(moments)
         return output
-
-    def _reducer(self, input: Tensor) -> Reducer:
-        return select_reducer(self._group(), input.device, self.reducer)
-
-    def _call(self, input: Tensor, reducer: Reducer) -> Call:
-        return Call(reducer, self._memory, self.num_features, input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any input; a converted layer's own class may be stricter."""
@@ -155,7 +145,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
         if not reason:
             return
         if self.training:
-            refuse(self._call(input, self._reducer(input)), input.device, reason)
+            refuse(self._call(input), input.device, reason)
         raise InputError(reason)
 
     def _evaluate(self, input: Tensor) -> Tensor:
@@ -204,49 +194,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportP
             moved = running.double() * (1 - momentum) + batch * momentum
             running.copy_(torch.where(seen, moved, running.double()))
 
-    def _group(self) -> dist.ProcessGroup | None:
-        group = self.process_group
-        if not isinstance(group, RanksOfGroup):
-            return group
-        if not (dist.is_available() and dist.is_initialized()):
-            raise InputError(
-                f"this layer was pickled with a process group of the ranks {list(group.ranks)}, "
-                "and torch.distributed is not initialised; set its process_group, or use eval mode"
-            )
-        if list(group.ranks) != list(range(dist.get_world_size())):
-            raise InputError(
-                f"this layer was pickled with a process group of the ranks {list(group.ranks)}; "
-                "process groups cannot be pickled: set its process_group to one of those ranks"
-            )
-        return None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._memory.move(_device(self))
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # A process group stands for connections, which a copy shares.
-        memo[id(self.process_group)] = self.process_group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = {name: value for name, value in self.__dict__.items() if name != "_memory"}
-        twin.__dict__.update(copy.deepcopy(state, memo))
-        adopt(twin, self._memory.shift.clone())
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_memory"] = self._memory.shift
-        if self.process_group is not None and not isinstance(self.process_group, RanksOfGroup):
-            ranks = dist.get_process_group_ranks(self.process_group)
-            state["process_group"] = RanksOfGroup(tuple(ranks))
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        adopt(self, state.get("_memory"))
-
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- as above
     """Unsynchronised batch normalization of inputs (N, C, *) with any number of dimensions.
@@ -266,57 +213,8 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
             raise ValueError(f"expected an input of shape (N, C, *), got {tuple(input.shape)}")
 
 
-@dataclass(frozen=True)
-class RanksOfGroup:
-    """What is left of a process group in a pickled layer: the global ranks of its members."""
-
-    ranks: tuple[int, ...]
-
-
-def adopt(layer: SyncBatchNorm, shift: Tensor | None = None) -> None:
-    """Give a layer, new or converted or copied, the memory that its forward needs."""
-    memory = Memory(layer.num_features, _device(layer), layer)
-    if shift is not None:
-        memory.shift = shift
-    layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class; torch types attributes as tensors or modules
-
-
 def _separately(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """Return a normalised input plus the residual, with the ReLU, by operations of their own."""
     if residual is not None:
         output = output + residual
     return functional.relu(output) if relu else output
-
-
-def check_reducer(reducer: str | None) -> None:
-    """Refuse a reducer that is none of `syncbn.collectives.CHOICES`, nor None.
-
-    Raises:
-        InputError: there is no such choice.
-    """
-    if reducer is not None and reducer not in CHOICES:
-        raise InputError(f"the reducer is {reducer!r}; choose {', '.join(CHOICES)} or None")
-
-
-def _device(layer: SyncBatchNorm) -> torch.device:
-    for tensor in (layer.running_mean, layer.weight):
-        if tensor is not None:  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
-            return tensor.device
-    return torch.device("cpu")
-
-
-def _refuse_join() -> None:
-    """Raise where DDP's join() is active: ranks that ran out would not take part in our sums."""
-    if torch.compiler.is_compiling():
-        return
-    wrapper = DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage] -- nothing public tells
-    if wrapper is None:
-        return
-    join = wrapper._join_config  # pyright: ignore[reportPrivateUsage] -- as above
-    if join.enable and not join.throw_on_early_termination:
-        raise InputError(
-            "a synchronised batch normalization cannot run under join(): a rank that has run out "
-            "of batches would leave the others waiting for its statistics; pass "
-            "throw_on_early_termination=True to stop all ranks then, or, instead of join(), let "
-            "such a rank go on with empty batches, such as x[:0], which change nothing"
-        )

@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import NoneType
 from typing import Any, Literal, get_args
 
@@ -15,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from syncbn.errors import ModelError
+from syncbn.whitening import SyncWhitening
 
-Norm = Literal["batch", "none"]
+Norm = Literal["batch", "whitening", "none"]
 
 _BASE = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 _COMMON: Mapping[str, Any] = {
@@ -25,6 +27,10 @@ _COMMON: Mapping[str, Any] = {
     "norm": Norm,
     "eps": float,
     "momentum": float,
+    "whitening_group_size": int,
+    "whitening_method": Literal["zca", "newton"],
+    "whitening_iterations": int,
+    "whitening_shrinkage": float,
 }
 _SMALL = 256  # values
 _TORCHVISION = "torchvision."
@@ -58,7 +64,29 @@ def cnn(in_channels: int, num_classes: int, width: int = 32) -> nn.Module:
     )
 
 
-ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = {"cnn": cnn}
+def mlp(
+    in_channels: int, num_classes: int, size: int = 8, width: int = 64, depth: int = 8
+) -> nn.Module:
+    """Return a multilayer perceptron: linear → BN → ReLU, depth times, and one linear layer.
+
+    The linear layers before BN have no bias, which it would cancel.
+
+    Args:
+        in_channels: channels of the input images, shape (N, in_channels, H, W).
+        num_classes: logits per image; the output has shape (N, num_classes).
+        size: height and width to which images are averaged first, in pixels.
+        width: units of each hidden layer.
+        depth: hidden layers.
+    """
+    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(size), nn.Flatten()]
+    features = in_channels * size**2
+    for _ in range(depth):
+        layers.extend((nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()))
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))
+
+
+ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = {"cnn": cnn, "mlp": mlp}
 
 
 class ChannelAffine(nn.Module):
@@ -113,7 +141,9 @@ def build_model(
     Every architecture takes in_channels and num_classes, which it needs, and norm, eps and
     momentum. norm="batch", the default, keeps the model's batch normalizations as nn.BatchNorm,
     to be converted where they shall synchronise, and sets eps and momentum on all of them where
-    given. norm="none" puts a `ChannelAffine` in the place of each.
+    given. norm="none" puts a `ChannelAffine` in the place of each, and norm="whitening" a
+    `SyncWhitening`, whose arguments are whitening_method, whitening_iterations,
+    whitening_shrinkage, and whitening_group_size, the most channels that are whitened together.
 
     Args:
         name: a key of `ARCHITECTURES`; `torchvision.` and the name of an image classifier of
@@ -142,7 +172,8 @@ def build_model(
     else:
         raise _unknown(name, tuple(ARCHITECTURES))
     _check_arguments(name, arguments, takes)
-    own = {key: arguments[key] for key in arguments if key not in ("norm", "eps", "momentum")}
+    shared = _COMMON.keys() - {"in_channels", "num_classes"}
+    own = {key: arguments[key] for key in arguments if key not in shared}
     try:
         model = factory(**own)
     except Exception as error:  # whatever a constructor makes of its arguments
@@ -158,7 +189,10 @@ def build_model(
             "their sizes, or run it once in the factory"
         )
     if arguments.get("norm") == "none":
-        return _without_normalization(name, model)
+        return _exchange_normalization(name, model, "none", ChannelAffine)
+    if arguments.get("norm") == "whitening":
+        make = partial(_whitening, arguments=arguments)
+        return _exchange_normalization(name, model, "whitening", make)
     for module in model.modules():
         if isinstance(module, _BASE):
             module.eps = arguments.get("eps", module.eps)
@@ -318,22 +352,48 @@ def _set_in_channels(model: nn.Module, in_channels: int) -> None:
     raise ValueError("it has no convolution of 3 channels to replace")
 
 
-def _without_normalization(name: str, model: nn.Module) -> nn.Module:
-    """Put a `ChannelAffine` in the place of every batch normalization."""
+def _exchange_normalization(
+    name: str, model: nn.Module, norm: Norm, make: Callable[[_BASE], nn.Module]
+) -> nn.Module:
+    """Put what is made of it in the place of every batch normalization."""
     replacements: dict[nn.Module, nn.Module] = {}  # a layer may sit in several places
     for key, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, _BASE):
             continue
         if type(layer).forward not in (_BASE.forward, nn.SyncBatchNorm.forward):
             raise ModelError(
-                f"architecture {name!r} cannot have norm 'none': {key!r}, a "
+                f"architecture {name!r} cannot have norm {norm!r}: {key!r}, a "
                 f"{type(layer).__name__}, has a forward of its own that may do more than normalise"
             )
-        replacement = replacements.setdefault(layer, ChannelAffine(layer))
+        if layer not in replacements:
+            replacements[layer] = make(layer)
+        replacement = replacements[layer]
         if key == "":
             return replacement
         model.set_submodule(key, replacement)
     return model
+
+
+def _whitening(layer: _BASE, arguments: Mapping[str, Any]) -> SyncWhitening:
+    """Return what whitens in the place of a batch normalization, with its parameters."""
+    channels = layer.num_features
+    most = arguments.get("whitening_group_size", 16)
+    options = {
+        key: arguments[f"whitening_{key}"]
+        for key in ("method", "iterations", "shrinkage")
+        if f"whitening_{key}" in arguments
+    }
+    whitening = SyncWhitening(
+        channels,
+        max(size for size in range(1, min(most, channels) + 1) if channels % size == 0),
+        eps=arguments.get("eps", layer.eps),
+        momentum=arguments.get("momentum", layer.momentum),
+        affine=layer.affine,
+        **options,
+    )
+    if layer.affine:
+        whitening.weight, whitening.bias = layer.weight, layer.bias
+    return whitening.train(layer.training)
 
 
 def _check_arguments(

@@ -228,8 +228,10 @@ def require_same_call(call: Call) -> None:
         )
 
 
-def global_sum(vector: Tensor, call: Call) -> Tensor:
-    """Return the sum of all replicas' vectors, for the backward pass; bit-identical on all.
+def global_sum(vector: Tensor, call: Call, direction: str = "backward") -> Tensor:
+    """Return the sum of all replicas' vectors; bit-identical on all.
+
+    The direction, forward or backward, is for errors.
 
     Communicates: one all-reduce of the vector; none in a world of one.
 
@@ -240,11 +242,14 @@ def global_sum(vector: Tensor, call: Call) -> Tensor:
         return vector
     if torch.compiler.is_compiling():
         return torch.ops.syncbn.global_sum(vector, _name(call.reducer))
-    return _sum(vector, call, "backward")
+    return _sum(vector, call, direction)
 
 
-def refuse(call: Call, device: torch.device, reason: str) -> None:
+def refuse(call: Call, device: torch.device, reason: str, size: int | None = None) -> None:
     """Let the other replicas know that this one refuses its input, so that they need not wait.
+
+    The size is that of the vector which the forward sums, whose first number is the count; None
+    for that of moments, 2C + 1.
 
     Communicates: takes part in the forward's all-reduce, with a count that is none; the others
     raise a ReplicaError with the reason.
@@ -252,7 +257,7 @@ def refuse(call: Call, device: torch.device, reason: str) -> None:
     if call.reducer.world_size == 1 or torch.compiler.is_compiling():
         return
     if _debug_timeout_s() is None:
-        nothing = torch.full((2 * call.channels + 1,), torch.nan, dtype=torch.float64)
+        nothing = torch.full((size or 2 * call.channels + 1,), torch.nan, dtype=torch.float64)
         call.reducer.sum(nothing.to(device))
         if device.type != "cpu":
             return

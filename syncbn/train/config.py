@@ -24,6 +24,7 @@ from syncbn.train.schema import (
     TorchOptimConfig,
     TorchvisionConfig,
     TrainConfig,
+    WhiteningNormConfig,
     schemas,
 )
 
@@ -85,6 +86,8 @@ def to_config(composed: DictConfig) -> TrainConfig:
         raise explain(error) from error
     assert isinstance(config, TrainConfig)
     _check_names(config)
+    if config.recalibrate and isinstance(config.norm, WhiteningNormConfig):
+        raise ConfigError("recalibrate=true is for batch normalization; norm=whitening has none")
     return config
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from syncbn.collectives import Reducer
 from syncbn.train.sampling import Batch
-from syncbn.train.schema import SyncNormConfig
+from syncbn.train.schema import SYNCHRONISED
 from syncbn.train.state import Training
 
 
@@ -27,7 +27,7 @@ def evaluate(
     Raises:
         DataError: a sample cannot be read, on this rank alone.
     """
-    if not isinstance(training.config.norm, SyncNormConfig):
+    if not isinstance(training.config.norm, SYNCHRONISED):
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     was_training = model.training

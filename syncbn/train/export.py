@@ -17,7 +17,7 @@ from syncbn.train.pictures import plot_curves
 from syncbn.train.publish import publish
 from syncbn.train.run_directory import RunDirectory
 from syncbn.train.sampling import TrainingShare, make_loader
-from syncbn.train.schema import CustomModelConfig, NoNormConfig
+from syncbn.train.schema import CustomModelConfig, LocalNormConfig
 from syncbn.train.state import Training
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def export(
     dist.broadcast_object_list(found, src=0)
     (training.model if training.average is None else training.average).load_state_dict(found[0])
     metrics = dict(best)
-    if training.config.recalibrate and not isinstance(training.config.norm, NoNormConfig):
+    if training.config.recalibrate and isinstance(training.config.norm, LocalNormConfig):
         share.set_position(0)
 
         def forward(model: nn.Module, batch: Any) -> None:

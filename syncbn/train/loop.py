@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from syncbn.baselines import Renormalizer
 from syncbn.collectives import select_reducer
 from syncbn.errors import SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, Position, read_newest
@@ -28,7 +29,7 @@ from syncbn.train.generators import KeptGenerators, restore_generators, seed_gen
 from syncbn.train.records import Records
 from syncbn.train.run_directory import Result, RunDirectory
 from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_loader
-from syncbn.train.schema import SyncNormConfig, TrainConfig
+from syncbn.train.schema import SYNCHRONISED, TrainConfig
 from syncbn.train.state import Training, prepare
 from syncbn.train.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.watch import Watch
@@ -99,6 +100,7 @@ class _Loop:
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.sums = [0.0, 0.0, 0.0]
+        self.extra: dict[str, float] = {}  # what the latest step has to say besides
         self.records = Records(run, config.checkpoint.keep)
         # The buffers and generators before a step, to which a step that goes wrong returns.
         self.buffers = list(self.training.model.buffers())
@@ -233,11 +235,12 @@ class _Loop:
         losses: list[Tensor] = []
         correct: list[Tensor] = []
         self.watch.at(step, "in forward and backward")
+        self.extra = {}
         for number, (samples, labels) in enumerate(micro):
             with self._mode_for(samples), self._no_sync_unless(number == len(micro) - 1):
                 inputs = training.inputs(samples)
                 targets = labels.to(training.device, non_blocking=True)
-                with training.autocast():
+                with training.autocast(), self._watching():
                     logits: Tensor = training.replica(inputs)
                 # The sum, as shares may differ in size; DDP then takes the mean over ranks.
                 loss = functional.cross_entropy(
@@ -246,7 +249,12 @@ class _Loop:
                     reduction="sum",
                     label_smoothing=config.optim.label_smoothing,
                 )
-                training.scaler.scale(loss * (self.world_size / total)).backward()
+                cost = loss * (self.world_size / total)
+                if training.penalty is not None:  # the same on all ranks, and their mean itself
+                    penalty = training.penalty.value() / len(micro)
+                    self.extra = {"penalty": self.extra.get("penalty", 0) + penalty.item()}
+                    cost = cost + penalty.to(cost.dtype)
+                training.scaler.scale(cost).backward()
             losses.append(loss.detach())
             correct.append((logits.detach().argmax(1) == targets).sum())
         self.watch.at(step, "waiting for the other ranks")
@@ -264,6 +272,8 @@ class _Loop:
         training.scaler.step(training.optimizer)
         training.scaler.update()
         training.schedule.step()
+        if training.renormalizer is not None:
+            self._renormalize(training.renormalizer, micro)
         if training.average is not None:
             training.average.update_parameters(training.model)
         self.sums = [self.sums[0] + sums[0], self.sums[1] + sums[1], self.sums[2] + total]
@@ -272,9 +282,25 @@ class _Loop:
             stop = int(_maximum(self.watch.stop_signal))
         return sums[0] / total, sums[1] / total, stop
 
+    def _renormalize(self, renormalizer: Renormalizer, micro: list[Batch]) -> None:
+        """Make the units standard on the samples of the step that was just made."""
+        training = self.training
+        samples = torch.cat([samples for samples, _ in micro])
+
+        def forward() -> None:
+            with training.autocast():
+                training.model(training.inputs(samples))
+
+        done = renormalizer.step(forward)
+        self.extra |= {"undone_mean": done.mean_shift, "undone_log_scale": done.log_scale}
+
+    def _watching(self) -> AbstractContextManager[None]:
+        penalty = self.training.penalty
+        return nullcontext() if penalty is None else penalty.watch()
+
     def _mode_for(self, samples: Tensor) -> "_Evaluating | nullcontext[None]":
         """Return the mode for a share: one without samples must leave its own statistics alone."""
-        if len(samples) == 0 and not isinstance(self.config.norm, SyncNormConfig):
+        if len(samples) == 0 and not isinstance(self.config.norm, SYNCHRONISED):
             return _Evaluating(self.training.replica)
         return nullcontext()
 
@@ -343,6 +369,7 @@ class _Loop:
             "loss": loss,
             "accuracy": accuracy,
             "images_per_s": images_per_s,
+            **self.extra,
         }
         self.records.write(lambda run: run.append_step(values))
         tracker.log(self.position.step, values)

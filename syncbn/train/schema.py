@@ -37,6 +37,13 @@ class Precision(Enum):
     float16 = "float16"
 
 
+class WhiteningMethod(Enum):
+    """How the inverse root of a covariance is found."""
+
+    zca = "zca"
+    newton = "newton"
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """A data set: see conf/data."""
@@ -131,6 +138,16 @@ class CnnConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class MlpConfig(ModelConfig):
+    """conf/model/mlp.yaml."""
+
+    name: str = "mlp"
+    size: PositiveInt
+    width: PositiveInt
+    depth: PositiveInt
+
+
+@dataclass(kw_only=True)
 class TorchvisionConfig(ModelConfig):
     """conf/model/torchvision.yaml."""
 
@@ -176,6 +193,39 @@ class SyncNormConfig(LocalNormConfig):
     """conf/norm/sync.yaml."""
 
     name: str = "sync"
+
+
+@dataclass(kw_only=True)
+class WhiteningNormConfig(NormConfig):
+    """conf/norm/whitening.yaml."""
+
+    name: str = "whitening"
+    eps: PositiveFloat
+    momentum: Share
+    group_size: PositiveInt
+    method: WhiteningMethod
+    iterations: PositiveInt
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | None
+
+
+# Whose running statistics are the same on all ranks, and change with no empty share.
+SYNCHRONISED = (SyncNormConfig, WhiteningNormConfig)
+
+
+@dataclass(kw_only=True)
+class PenaltyNormConfig(NormConfig):
+    """conf/norm/penalty.yaml."""
+
+    name: str = "penalty"
+    strength: NonNegativeFloat
+
+
+@dataclass(kw_only=True)
+class RenormalizeNormConfig(NormConfig):
+    """conf/norm/renormalize.yaml."""
+
+    name: str = "renormalize"
+    eps: PositiveFloat
 
 
 @dataclass(kw_only=True)
@@ -354,8 +404,15 @@ CHOICES: Mapping[str, tuple[type[Any], ...]] = {
         SyntheticConfig,
         CustomDataConfig,
     ),
-    "model": (CnnConfig, TorchvisionConfig, CustomModelConfig),
-    "norm": (SyncNormConfig, LocalNormConfig, NoNormConfig),
+    "model": (CnnConfig, MlpConfig, TorchvisionConfig, CustomModelConfig),
+    "norm": (
+        SyncNormConfig,
+        LocalNormConfig,
+        NoNormConfig,
+        WhiteningNormConfig,
+        PenaltyNormConfig,
+        RenormalizeNormConfig,
+    ),
     "optim": (SgdConfig, AdamWConfig, TorchOptimConfig),
     "schedule": (CosineConfig, StepConfig, OneCycleConfig, ConstantConfig),
     "launch": (LaunchConfig,),

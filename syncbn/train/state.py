@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
 from syncbn.bundle import Architecture
 from syncbn.convert import convert_sync_batchnorm
 from syncbn.errors import ConfigError, ModelError
-from syncbn.layers import SyncBatchNorm
-from syncbn.models import build_model, build_without_memory
+from syncbn.fold import layers_before
+from syncbn.models import ChannelAffine, build_model, build_without_memory
+from syncbn.synchronised import Synchronised
 from syncbn.train.checkpoint import Checkpoint, Position
 from syncbn.train.data import Dataset
 from syncbn.train.generators import seed_generators
@@ -27,10 +29,13 @@ from syncbn.train.optim import WeightAverage, make_optimizer, make_schedule
 from syncbn.train.schema import (
     CustomModelConfig,
     LocalNormConfig,
+    PenaltyNormConfig,
     Precision,
+    RenormalizeNormConfig,
     SyncNormConfig,
     TorchvisionConfig,
     TrainConfig,
+    WhiteningNormConfig,
 )
 
 log = logging.getLogger(__name__)
@@ -45,6 +50,8 @@ class Training:
     Attributes:
         preprocess: turns raw samples on the device into the model's inputs.
         average: the moving average of the model; None where there is none.
+        penalty: on the statistics of activations; None where there is none.
+        renormalizer: what rescales the units after each step; None where nothing does.
         exported: what is evaluated and exported: the average, or the model.
     """
 
@@ -58,6 +65,8 @@ class Training:
     scaler: torch.amp.GradScaler
     preprocess: Callable[[Tensor], Tensor]
     average: WeightAverage | None
+    penalty: StatisticsPenalty | None
+    renormalizer: Renormalizer | None
 
     @property
     def exported(self) -> nn.Module:
@@ -132,6 +141,13 @@ def prepare(
         raise ConfigError(f"model: {error}") from error
     if isinstance(config.norm, SyncNormConfig):
         model = convert_sync_batchnorm(model)
+    if config.numerics.compile and isinstance(
+        config.norm, PenaltyNormConfig | RenormalizeNormConfig
+    ):
+        raise ConfigError(
+            f"norm={config.norm.name} looks at activations while the model runs, which "
+            "numerics.compile=true hides; choose numerics.compile=false"
+        )
     model.to(device)
     if config.numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it, its stub lacks it
@@ -150,6 +166,12 @@ def prepare(
     scaler = torch.amp.GradScaler(
         device.type, enabled=config.numerics.precision is Precision.float16
     )
+    penalty = renormalizer = None
+    if isinstance(config.norm, PenaltyNormConfig):
+        penalty = StatisticsPenalty(_affines(model), config.norm.strength)
+    elif isinstance(config.norm, RenormalizeNormConfig):
+        units = _units(model, architecture, allow_imports=custom)
+        renormalizer = Renormalizer(units, config.norm.eps)
     training = Training(
         config,
         device,
@@ -161,6 +183,8 @@ def prepare(
         scaler,
         dataset.preprocessing.prepared(1 + len(dataset.input.shape), device),
         average,
+        penalty,
+        renormalizer,
     )
     _settle(training, dataset)
     seed_generators(config.seed, Position())
@@ -182,9 +206,38 @@ def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture
     arguments |= {"in_channels": dataset.input.shape[0], "num_classes": len(dataset.classes)}
     if isinstance(config.norm, LocalNormConfig):  # synchronised too; serving needs no more
         arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
-    else:
+    elif isinstance(config.norm, WhiteningNormConfig):
+        options = dataclasses.asdict(config.norm) | {"method": config.norm.method.value}
+        arguments |= {key: options.pop(key) for key in ("eps", "momentum")}
+        arguments |= {"norm": options.pop("name")}
+        arguments |= {f"whitening_{k}": value for k, value in options.items() if value is not None}
+    else:  # a penalty, or renormalising, leaves nothing for serving to do
         arguments |= {"norm": "none"}
     return Architecture(name=name, arguments=arguments)
+
+
+def _affines(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what stands in the places of batch normalization."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, ChannelAffine)}
+
+
+def _units(model: nn.Module, architecture: Architecture, *, allow_imports: bool) -> dict[str, Unit]:
+    """Return the units of a model without batch normalization, where it would normalise them."""
+    arguments = {**architecture.arguments, "norm": "batch"}
+    twin = build_without_memory(architecture.name, arguments, allow_imports=allow_imports)
+    before, kept = layers_before(twin)
+    units: dict[str, Unit] = {}
+    for name, affine in _affines(model).items():
+        layer = model.get_submodule(before[name]) if name in before else None
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            reason = kept.get(name, f"its weights are those of a {type(layer).__name__}")
+            raise ConfigError(f"norm=renormalize cannot rescale what {name!r} follows: {reason}")
+        if layer.bias is not None or not isinstance(affine.bias, nn.Parameter):
+            raise ConfigError(
+                f"norm=renormalize needs {before[name]!r} without a bias and {name!r} with one"
+            )
+        units[name] = Unit(layer.weight, affine.bias, affine)
+    return units
 
 
 def _try_without_memory(architecture: Architecture, dataset: Dataset) -> None:
@@ -204,7 +257,7 @@ def _buffers_agree(model: nn.Module) -> bool:
     synchronised = {
         id(buffer)
         for module in model.modules()
-        if isinstance(module, SyncBatchNorm)
+        if isinstance(module, Synchronised)
         for buffer in module.buffers(recurse=False)
     }
     return all(id(buffer) in synchronised for buffer in model.buffers())

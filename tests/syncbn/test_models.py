@@ -117,7 +117,7 @@ DOWNLOAD = "here: pretrained weights are never downloaded"
         (
             "vgg",
             SIZES,
-            "unknown architecture 'vgg'; choose one of cnn, torchvision.NAME or "
+            "unknown architecture 'vgg'; choose one of cnn, mlp, torchvision.NAME or "
             "package.module:factory$",
         ),
         ("cnm", SIZES, "package.module:factory; did you mean 'cnn'?"),
@@ -132,7 +132,11 @@ DOWNLOAD = "here: pretrained weights are never downloaded"
         ("cnn", {**SIZES, "width": [3]}, r"'width' .* must be of type int, got \[3\]"),
         ("cnn", {**SIZES, "width": 0}, "'width' .* must be positive, got 0"),
         ("cnn", {**SIZES, "eps": -1.0}, "'eps' .* must be 0 or more, and finite, got -1.0"),
-        ("cnn", {**SIZES, "norm": "layer"}, "'norm' .* must be one of batch, none, got 'layer'"),
+        (
+            "cnn",
+            {**SIZES, "norm": "layer"},
+            "'norm' .* must be one of batch, whitening, none, got 'layer'",
+        ),
         ("torchvision.resnet18", {"in_channels": 1}, "needs num_classes"),
         ("torchvision.resnet18", SIZES | {"num_classes": 0}, "'num_classes' .* must be positive"),
         ("torchvision.resnet18", {**SIZES, "momentum": "x"}, "'momentum' .* must be of type float"),

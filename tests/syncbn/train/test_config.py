@@ -11,17 +11,25 @@ from syncbn.train.config import compose_config, config_dir, config_sha256, from_
 from syncbn.train.schema import (
     AdamWConfig,
     LocalNormConfig,
+    MlpConfig,
     NoNormConfig,
     NoTrackConfig,
+    PenaltyNormConfig,
+    RenormalizeNormConfig,
     SgdConfig,
     SyncNormConfig,
     WandbConfig,
+    WhiteningNormConfig,
 )
 
 CHOICES = {
     "norm=sync": SyncNormConfig,
     "norm=local": LocalNormConfig,
     "norm=none": NoNormConfig,
+    "norm=whitening": WhiteningNormConfig,
+    "norm=penalty": PenaltyNormConfig,
+    "norm=renormalize": RenormalizeNormConfig,
+    "model=mlp": MlpConfig,
     "optim=sgd": SgdConfig,
     "optim=adamw": AdamWConfig,
     "track=none": NoTrackConfig,
@@ -76,6 +84,14 @@ def test_every_file_in_conf_has_a_schema() -> None:
         ),
         (["model=custom", "model.factory=os.system"], r"^model.factory=os.system: string should"),
         (["data=synthetic", "data.classes=0"], r"^data.classes=0: input should be greater"),
+        (
+            ["norm=whitening", "recalibrate=true"],
+            r"^recalibrate=true is for batch normalization; norm=whitening has none$",
+        ),
+        (
+            ["norm=whitening", "norm.method=pca"],
+            r"Invalid value 'pca', expected one of \[zca, newton",
+        ),
         (["checkpoint.keep=0"], r"^checkpoint.keep=0: input should be greater"),
         (["numerics.precision=int8"], r"numerics.precision: Invalid value 'int8', expected one of"),
     ],

@@ -104,6 +104,19 @@ def test_any_number_of_ranks_reaches_the_weights_of_one(
                 assert_as_exact(ours, weights, plain, name)
 
 
+@pytest.mark.parametrize("norm", ["penalty", "renormalize", "whitening"])
+def test_other_normalizations_are_those_of_all_ranks_too(tmp_path: Path, norm: str) -> None:
+    # 959 samples a step, of which two ranks' shares are uneven in the last.
+    one, two = (
+        _train_few_steps(
+            tmp_path, f"w{n}", n, torch.float64, f"norm={norm}", f"data.batch_size={size}"
+        )
+        for n, size in ((1, 958), (2, 479))
+    )
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=1e-9, atol=1e-10)
+
+
 def test_accumulated_batches_make_the_step_of_all_together(tmp_path: Path) -> None:
     # Without batch normalization, whose statistics are those of each batch.
     whole, parts = (
@@ -188,6 +201,9 @@ def test_gradients_beyond_the_norm_are_scaled_down(tmp_path: Path) -> None:
         "optim.label_smoothing=0.1",
         "optim=torch",
         "schedule=one_cycle",
+        "model=mlp",
+        "norm=whitening",
+        "norm=renormalize",
     ],
 )
 def test_option_trains_and_the_bundle_serves(tmp_path: Path, override: str) -> None:
