@@ -1,0 +1,285 @@
+"""No script: the claims of the chapter that this project implements, as functions to be tested.
+
+The chapter: Goodfellow, Bengio and Courville, "Deep Learning" (2016), section 8.7.1.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional
+
+import syncbn
+
+# 1. The deep linear chain
+
+
+@dataclass(frozen=True)
+class ChainStep:
+    """What a gradient step does to ŷ = x·w₁·w₂…w_l, by the order in ε of what does it.
+
+    Attributes:
+        orders: the term of each order from 0 to l; they sum to ŷ(w − εg).
+        predicted: the change by first order, −ε·gᵀg.
+        actual: ŷ(w − εg) − ŷ(w).
+    """
+
+    orders: Tensor
+    predicted: float
+    actual: float
+
+
+def chain_gradient(weights: Tensor, x: float = 1.0) -> Tensor:
+    """Return g of ŷ = x·∏wᵢ: gᵢ = x·∏_{j≠i} wⱼ, shape (l,), also where a weight is 0."""
+    ones = weights.new_ones(1)
+    before = torch.cat([ones, weights[:-1]]).cumprod(0)
+    after = torch.cat([ones, weights.flip(0)[:-1]]).cumprod(0).flip(0)
+    return x * before * after
+
+
+def chain_step(weights: Tensor, epsilon: float, x: float = 1.0) -> ChainStep:
+    """Return the exact terms of ŷ(w − εg), by multiplying out ∏(wᵢ − εgᵢ) as a polynomial in ε.
+
+    Args:
+        weights: shape (l,), float64.
+        epsilon: the step.
+        x: the input.
+    """
+    gradient = chain_gradient(weights, x)
+    orders = weights.new_zeros(len(weights) + 1)
+    orders[0] = x
+    for weight, slope in zip(weights, gradient, strict=True):
+        moved = torch.cat([orders.new_zeros(1), orders[:-1]]) * (-epsilon * slope)
+        orders = orders * weight + moved
+    predicted = -epsilon * float(gradient @ gradient)
+    actual = x * float((weights - epsilon * gradient).prod()) - x * float(weights.prod())
+    return ChainStep(orders, predicted, actual)
+
+
+def second_order_term(weights: Tensor, epsilon: float, x: float = 1.0) -> float:
+    """Return the chapter's example of a term of second order: ε²·g₁·g₂·x·∏_{i≥3} wᵢ."""
+    gradient = chain_gradient(weights, x)
+    return epsilon**2 * float(gradient[0] * gradient[1] * x * weights[2:].prod())
+
+
+def left_by_newton(step: ChainStep) -> float:
+    """Return what a prediction of second order still misses: the terms of orders three and up."""
+    return float(step.orders[3:].sum())
+
+
+def cost_of_order(layers: int, order: int) -> int:
+    """Return how many derivatives of one order an exact step needs: one for each set of weights."""
+    return math.comb(layers, order)
+
+
+# 2. With batch normalization the chain is easy
+
+
+def train_chain(
+    normalise: bool, lr: float, layers: int, steps: int, seed: int, scale: float = 1.0
+) -> list[float]:
+    """Return the losses of a linear chain of one unit a layer that learns y = 2·x by plain steps.
+
+    With `normalise`, the last hidden unit is normalised over the batch: ŷ = w_l·ĥ_{l−1}.
+
+    Args:
+        normalise: whether ĥ or h is what the last weight scales.
+        lr: learning rate.
+        layers: l.
+        steps: of gradient descent on ½·mean((ŷ − y)²), for 64 samples x of a standard normal.
+        seed: of weights and samples.
+        scale: the weights are scale·(1 + 0.1·normal).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 1, generator=generator, dtype=torch.float64)
+    x = (x - x.mean()) / x.std(correction=0)
+    noise = torch.randn(layers, generator=generator, dtype=torch.float64)
+    weights = (scale * (1 + 0.1 * noise)).requires_grad_()
+    losses: list[float] = []
+    for _ in range(steps):
+        hidden = x * weights[:-1].prod()
+        if normalise:
+            hidden = syncbn.sync_batch_norm(hidden, eps=1e-12)[0]
+        loss = 0.5 * (weights[-1] * hidden - 2 * x).square().mean()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        (gradient,) = torch.autograd.grad(loss, weights)
+        with torch.no_grad():
+            weights -= lr * gradient
+    return losses + [math.inf] * (steps - len(losses))
+
+
+# 4. δ inside the root
+
+
+def gradient_at_zero_variance(eps: float, dtype: torch.dtype) -> Tensor:
+    """Return dx of batch normalization for a constant batch and an upstream gradient of ±1."""
+    x = torch.ones(4, 1, dtype=dtype, requires_grad=True)
+    layer = syncbn.SyncBatchNorm(1, eps=eps)
+    layer(x).backward(torch.tensor([[1.0], [-1], [1], [-1]], dtype=dtype))
+    assert x.grad is not None
+    return x.grad
+
+
+def gradient_with_delta_outside(delta: float, dtype: torch.dtype) -> Tensor:
+    """Return the same of (x − μ)/(√σ² + δ), as it would be with δ outside the root."""
+    x = torch.ones(4, 1, dtype=dtype, requires_grad=True)
+    centred = x - x.mean(0)
+    y = centred / (centred.square().mean(0).sqrt() + delta)
+    y.backward(torch.tensor([[1.0], [-1], [1], [-1]], dtype=dtype))
+    assert x.grad is not None
+    return x.grad
+
+
+# 5. γ and β
+
+
+def gamma_and_beta_of(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return γ = σ and β = μ + bias, with which BN(x·weightᵀ) is x·weightᵀ + bias on a batch."""
+    hidden = x @ weight.T
+    return hidden.std(0, correction=0), hidden.mean(0) + bias
+
+
+def steps_to_move_the_mean(normalise: bool, lr: float, seed: int, limit: int = 2000) -> int:
+    """Return how many steps of gradient descent give a unit a mean of 1 ± 0.01 on a batch.
+
+    The unit is on top of eight layers of sixteen tanh units; all parameters learn. With
+    `normalise`, it is BN's output, whose mean is β alone; else the bias and everything below act.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    shapes = [(16, 16)] * 8 + [(1, 16)]
+    weights = [
+        (2 * torch.randn(shape, generator=generator, dtype=torch.float64) / 4).requires_grad_()
+        for shape in shapes
+    ]
+    biases = [torch.zeros(len(w), dtype=torch.float64, requires_grad=True) for w in weights]
+    gamma = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    parameters = [*weights, *biases, gamma]
+    for step in range(limit):
+        hidden = x
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            hidden = (hidden @ weight.T + bias).tanh()
+        if normalise:
+            unit = syncbn.sync_batch_norm(hidden @ weights[-1].T, gamma, biases[-1])[0]
+        else:
+            unit = hidden @ weights[-1].T + biases[-1]
+        # The mean alone is what is asked for, so all else is free to move.
+        mean = unit.mean()
+        if abs(mean.item() - 1) < 0.01:
+            return step
+        gradients = torch.autograd.grad(0.5 * (mean - 1) ** 2, parameters, materialize_grads=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= lr * gradient
+    return limit
+
+
+# 7. Convolution
+
+
+class PositionNorm(nn.Module):
+    """Batch normalization with a μ and a σ for each position of a feature map: a counterexample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (x − μ)/σ, with the statistics of each (c, h, w) over the batch alone."""
+        return functional.batch_norm(x.flatten(1), None, None, training=True).reshape(x.shape)
+
+
+def translation_error(norm: Callable[[Tensor], Tensor], x: Tensor, shift: int) -> float:
+    """Return how far shifting a batch of maps around before is from after, at most.
+
+    Args:
+        norm: from (N, C, H, W) to the same shape.
+        x: shape (N, C, H, W).
+        shift: in pixels, along the width.
+    """
+    after, before = norm(x).roll(shift, 3), norm(x.roll(shift, 3))
+    return (after - before).abs().max().item()
+
+
+# 6 and 8. The digits
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Scaled images of scikit-learn's digits, (n, 64) float32, and their labels."""
+
+    x: Tensor
+    labels: Tensor
+    test_x: Tensor
+    test_labels: Tensor
+
+
+def digits() -> Digits:
+    """Return the digits, four of five for training, in a fixed random order."""
+    images, targets = load_digits(return_X_y=True)
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(images, dtype=torch.float32)[order] / 16
+    labels = torch.tensor(targets)[order]
+    cut = len(labels) * 4 // 5
+    return Digits(x[:cut], labels[:cut], x[cut:], labels[cut:])
+
+
+def perceptron(place: str, width: int = 32, depth: int = 3) -> nn.Sequential:
+    """Return linear layers and ReLU with batch normalization: before, after or nowhere (none)."""
+    layers: list[nn.Module] = []
+    features = 64
+    for _ in range(depth):
+        layers.append(nn.Linear(features, width, bias=place != "before"))
+        norm = [] if place == "none" else [syncbn.SyncBatchNorm(width)]
+        layers.extend([*norm, nn.ReLU()] if place == "before" else [nn.ReLU(), *norm])
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, 10))
+
+
+def train_on(
+    data: Digits, model: nn.Module, seed: int, lr: float, epochs: int, batch_size: int = 32
+) -> None:
+    """Train a model by plain stochastic gradient descent with momentum 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(data.x), generator=generator).split(batch_size):
+            if len(batch) > 1:
+                loss = functional.cross_entropy(model(data.x[batch]), data.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(data: Digits, model: nn.Module) -> float:
+    """Return the test accuracy, 0 to 1, from the running statistics."""
+    model.eval()
+    right = (model(data.test_x).argmax(1) == data.test_labels).double().mean().item()
+    model.train()
+    return right
+
+
+@torch.no_grad()
+def accuracy_by_batch(data: Digits, model: nn.Module, size: int, order: Tensor) -> float:
+    """Return the test accuracy where each batch of `size` is normalised by its own statistics.
+
+    Args:
+        data: the digits.
+        model: in training mode; a copy whose running statistics may move.
+        size: samples in a batch; a smaller rest is left out.
+        order: of the test samples.
+    """
+    right = seen = 0
+    for batch in order.split(size):
+        if len(batch) == size:
+            right += int((model(data.test_x[batch]).argmax(1) == data.test_labels[batch]).sum())
+            seen += size
+    return right / seen
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return float(tensor.mean()), float(tensor.std() / len(values) ** 0.5)

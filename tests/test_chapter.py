@@ -1,0 +1,261 @@
+"""The claims of the chapter, each as a test that can fail; docs/why.md shows them as figures."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from scripts.chapter import (
+    PositionNorm,
+    chain_gradient,
+    chain_step,
+    cost_of_order,
+    gamma_and_beta_of,
+    gradient_at_zero_variance,
+    gradient_with_delta_outside,
+    left_by_newton,
+    second_order_term,
+    steps_to_move_the_mean,
+    train_chain,
+    translation_error,
+)
+from syncbn.errors import InputError
+from tests.support.world import run_world
+
+EPSILON = 1e-3
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# 1. The deep linear chain
+
+
+def test_terms_of_a_step_are_those_of_exact_arithmetic() -> None:
+    weights = torch.tensor([1.5, -0.75, 2.0, 0.5], dtype=torch.float64)
+    exact = [Fraction(float(weight)) for weight in weights]
+    gradient = [math.prod(w for j, w in enumerate(exact) if j != i) for i in range(len(exact))]
+    orders = [Fraction(1)] + [Fraction(0)] * 4
+    for weight, slope in zip(exact, gradient, strict=True):
+        moved = [Fraction(0), *orders[:-1]]
+        step = -Fraction(EPSILON) * slope
+        orders = [kept * weight + up * step for kept, up in zip(orders, moved, strict=True)]
+    found = chain_step(weights, EPSILON)
+    torch.testing.assert_close(
+        found.orders,
+        torch.tensor([float(order) for order in orders], dtype=torch.float64),
+        rtol=1e-14,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("layers", [2, 3, 10, 50])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_terms_add_up_to_the_step(layers: int, scale: float) -> None:
+    weights = scale * (1 + 0.1 * _normal(layers, seed=layers))
+    step = chain_step(weights, EPSILON)
+    torch.testing.assert_close(float(step.orders[0]), float(weights.prod()), rtol=1e-13, atol=0)
+    torch.testing.assert_close(float(step.orders[1]), step.predicted, rtol=1e-12, atol=0)
+    total = float(step.orders.sum() - step.orders[0])
+    size = float(step.orders.abs().max())
+    assert total == pytest.approx(step.actual, rel=1e-9, abs=1e-13 * size)
+
+
+def test_gradient_of_a_chain_is_that_of_autograd() -> None:
+    for weights in (_normal(6), torch.tensor([1.0, 0, 2]).double()):
+        weights.requires_grad_()
+        (truth,) = torch.autograd.grad(3 * weights.prod(), weights)
+        torch.testing.assert_close(chain_gradient(weights.detach(), 3.0), truth)
+
+
+def test_second_order_term_is_negligible_or_exponentially_large() -> None:
+    sizes = {
+        scale: [
+            abs(second_order_term(torch.full((layers,), scale).double(), EPSILON))
+            for layers in (10, 20, 40)
+        ]
+        for scale in (0.5, 1.5)
+    }
+    # ε²·w^(2(l−1))·w^(l−2): with ten more layers, w^30 times as much.
+    for scale, (ten, twenty, forty) in sizes.items():
+        assert twenty / ten == pytest.approx(scale**30)
+        assert forty / twenty == pytest.approx(scale**60)
+    assert sizes[0.5][-1] < 1e-40
+    assert sizes[1.5][-1] > 1e12
+
+
+def test_first_order_misjudges_the_step_of_a_deep_chain() -> None:
+    shallow, deep = (chain_step(torch.full((n,), 1.1).double(), 1e-2) for n in (3, 50))
+    assert shallow.actual == pytest.approx(shallow.predicted, rel=0.05)
+    assert abs(deep.actual / deep.predicted) < 0.05
+
+
+def test_newton_leaves_the_orders_from_three_up() -> None:
+    step = chain_step(torch.full((30,), 1.1).double(), 1e-2)
+    error = step.actual - step.predicted - float(step.orders[2])
+    assert error == pytest.approx(left_by_newton(step), rel=1e-9)
+    assert abs(left_by_newton(step)) > abs(step.predicted)
+    assert [cost_of_order(50, order) for order in (1, 2, 3, 10)] == [50, 1225, 19600, 10272278170]
+
+
+# 2. With batch normalization the chain is easy
+
+
+def test_normalised_unit_is_standard_whatever_the_lower_layers_do() -> None:
+    x = _normal(64, 1)
+    for seed in range(20):
+        hidden = x * (3 * _normal(9, seed=seed)).prod() + _normal(1, seed=seed)
+        normal = syncbn.sync_batch_norm(hidden, eps=1e-30)[0]
+        assert abs(float(normal.mean())) < 1e-10
+        assert float(normal.var(correction=0)) == pytest.approx(1, abs=1e-10)
+
+
+def test_lower_layers_matter_only_by_a_sign_or_a_zero() -> None:
+    x, weights = _normal(64, 1), 1 + 0.1 * _normal(9)
+
+    def output(factor: float) -> Tensor:
+        changed = weights.clone()
+        changed[4] *= factor
+        return syncbn.sync_batch_norm(x * changed.prod(), eps=1e-30)[0]
+
+    for factor in (0.01, 3.0, 100.0):
+        torch.testing.assert_close(output(factor), output(1))
+    torch.testing.assert_close(output(-2), -output(1))
+    assert torch.equal(output(0), torch.zeros_like(x))
+
+
+def test_normalised_chain_learns_at_rates_where_the_plain_one_diverges() -> None:
+    for lr in (0.1, 1.0):
+        assert train_chain(True, lr, 20, 200, 0)[-1] < 1e-6
+    assert not train_chain(False, 1.0, 20, 200, 0)[-1] < 1e-2
+
+
+# 3. What the gradient never proposes
+
+
+def _components(sizes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rank = dist.get_rank()
+    x = (rank + _normal(sizes[rank], 3, seed=rank)).requires_grad_()
+    y, moments = syncbn.sync_batch_norm(x, eps=eps)
+    y.backward(_normal(sizes[rank], 3, seed=10 + rank))
+    assert x.grad is not None
+    normal = (x.detach() - moments.mean) * moments.variance().rsqrt()
+    along_normal = (x.grad * normal).sum(0)
+    return x.grad.sum(0), along_normal, x.grad.abs().sum(0)
+
+
+@pytest.mark.parametrize("sizes", [(9,), (4, 6), (1, 0, 7)])
+def test_gradient_has_no_part_that_only_moves_mean_or_deviation(sizes: tuple[int, ...]) -> None:
+    parts = run_world(len(sizes), _components, sizes, 1e-14)
+    mean, deviation, size = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    assert (mean.abs() < 1e-13 * size).all()
+    assert (deviation.abs() < 1e-12 * size).all()
+    # With a δ that matters, the part along x̂ is not 0, but small by δ/(σ² + δ).
+    parts = run_world(len(sizes), _components, sizes, 1e-3)
+    mean, deviation, size = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    assert (mean.abs() < 1e-13 * size).all()
+    assert (deviation.abs() > 1e-7 * size).any()
+    assert (deviation.abs() < 1e-1 * size).all()
+
+
+# 4. δ inside the root
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_is_finite_at_zero_variance(dtype: torch.dtype) -> None:
+    gradient = gradient_at_zero_variance(1e-8, dtype)
+    unit = torch.finfo(dtype).eps
+    expected = torch.tensor([[1e4], [-1e4], [1e4], [-1e4]])
+    torch.testing.assert_close(gradient.float(), expected, rtol=2 * unit, atol=0)
+    assert not gradient_with_delta_outside(1e-8, dtype).isfinite().all()
+
+
+def test_half_precision_supports_no_smaller_delta_than_its_largest_number() -> None:
+    # The gradient is δ^(−1/2), and 65504 the largest number of float16.
+    assert gradient_at_zero_variance(2.4e-10, torch.float16).isfinite().all()
+    assert not gradient_at_zero_variance(2.2e-10, torch.float16).isfinite().any()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert gradient_at_zero_variance(1e-30, dtype).isfinite().all()
+
+
+# 5. γ and β
+
+
+def test_reparametrised_layer_represents_the_same_functions() -> None:
+    x, weight, bias = _normal(20, 5), _normal(4, 5, seed=1), _normal(4, seed=2)
+    gamma, beta = gamma_and_beta_of(weight, bias, x)
+    normalised = syncbn.sync_batch_norm(x @ weight.T, gamma, beta, eps=1e-30)[0]
+    torch.testing.assert_close(normalised, x @ weight.T + bias)
+
+
+def test_mean_of_the_output_is_beta_whatever_happens_below() -> None:
+    beta = _normal(4)
+    for seed in range(5):
+        hidden = 10 * _normal(20, 5, seed=seed) @ _normal(5, 4, seed=seed) + seed
+        y = syncbn.sync_batch_norm(hidden, _normal(4, seed=seed), beta)[0]
+        torch.testing.assert_close(y.mean(0), beta)
+
+
+def test_beta_moves_the_mean_in_as_many_steps_whatever_is_below() -> None:
+    steps = [steps_to_move_the_mean(True, 0.5, seed) for seed in range(4)]
+    # The error halves with each step: 2⁻⁷ < 0.01.
+    assert steps == [7] * 4
+    assert len({steps_to_move_the_mean(False, 0.5, seed) for seed in range(4)}) > 1
+
+
+# 6. The bias
+
+
+def test_bias_before_batch_normalization_does_nothing() -> None:
+    x, weight = _normal(20, 5), _normal(5, 4)
+    bias = _normal(4).requires_grad_()
+    y = syncbn.sync_batch_norm(x @ weight + bias)[0]
+    torch.testing.assert_close(y, syncbn.sync_batch_norm(x @ weight)[0])
+    y.backward(dy := _normal(20, 4, seed=1))
+    assert bias.grad is not None
+    assert (bias.grad.abs() < 1e-14 * dy.abs().sum(0) * 10).all()
+
+
+# 7. Convolution
+
+
+def test_same_statistics_at_all_positions_keep_translation() -> None:
+    x = _normal(8, 3, 6, 6)
+    x[:, :, :, :3] += 5  # positions differ
+    shared = syncbn.SyncBatchNorm(3, dtype=torch.float64)
+    assert translation_error(shared, x, 2) < 1e-13
+    assert translation_error(PositionNorm(), x, 2) < 1e-13  # a whole batch that moves
+    # One image that moves among others that stay is where positions show.
+    one = x.clone()
+    one[0] = x[0].roll(2, 2)
+    for norm, moves_along in ((shared, True), (PositionNorm(), False)):
+        moved, stayed = norm(one)[0], norm(x)[0].roll(2, 2)
+        assert torch.allclose(moved, stayed, atol=1e-12) == moves_along
+
+
+# 8. Test time
+
+
+def test_single_sample_needs_running_statistics() -> None:
+    layer = syncbn.SyncBatchNorm(4)
+    with pytest.raises(InputError, match="expected more than 1 value per channel"):
+        layer(torch.randn(1, 4))
+    layer(torch.randn(16, 4))
+    assert layer.eval()(torch.randn(1, 4)).isfinite().all()
+
+
+def test_statistics_of_two_samples_leave_only_their_order() -> None:
+    y = syncbn.sync_batch_norm(_normal(2, 4) * 7 + 3, eps=1e-30)[0]
+    torch.testing.assert_close(y.abs(), torch.ones(2, 4).double())
+    model = nn.Sequential(nn.Linear(4, 4), syncbn.SyncBatchNorm(4)).double()
+    x, other = _normal(1, 4), _normal(3, 4, seed=1)
+    first, second = (model(torch.cat([x, mate]))[0] for mate in (other[:1], other[1:]))
+    assert (first - second).abs().max() > 0.01  # the same sample in other company
+    model.eval()
+    torch.testing.assert_close(model(torch.cat([x, other]))[0], model(x)[0])
