@@ -1,0 +1,275 @@
+"""Computes and draws what docs/why.md shows: data and pictures of the claims of the chapter."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from chapter import (
+    accuracy,
+    accuracy_by_batch,
+    chain_step,
+    cost_of_order,
+    digits,
+    gradient_at_zero_variance,
+    left_by_newton,
+    mean_and_error,
+    perceptron,
+    second_order_term,
+    steps_to_move_the_mean,
+    train_chain,
+    train_on,
+)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plots import BLUE, GREEN, GREY, ORANGE
+
+Data = dict[str, Any]
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+LAYERS = [2, 3, 5, 10, 20, 35, 50]
+SCALES = [0.5, 0.9, 1.0, 1.1, 1.5]
+EPSILON = 1e-2
+RATES = [10 ** (exponent / 4) for exponent in range(-12, 5)]
+SEEDS = range(5)
+
+
+def main() -> None:
+    """Compute and draw the sections that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "directory", nargs="?", type=Path, default=Path("runs/why"), help="default: %(default)s"
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--write", action="store_true", help="copy the pictures to docs/images")
+    arguments = parser.parse_args()
+    try:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"why.py: cannot make {arguments.directory}: {error.strerror}")
+    torch.set_num_threads(1)  # the layers are too small to share
+    for name in arguments.only:
+        started = time.monotonic()
+        print(f"{name} …", end=" ", flush=True)
+        compute, draw = SECTIONS[name]
+        data = compute(arguments.directory)
+        (arguments.directory / f"{name}.json").write_text(json.dumps(data, indent=1))
+        picture = draw(data)
+        for place in [arguments.directory, *([IMAGES] if arguments.write else [])]:
+            picture.savefig(place / f"why-{name}.png", dpi=120, facecolor="white")
+        print(f"{time.monotonic() - started:.0f} s", flush=True)
+    print(f"data and pictures are in {arguments.directory}")
+
+
+def _chain(directory: Path) -> Data:
+    """Return the orders of a step in chains of several depths and scales of weights."""
+    rows: list[Data] = []
+    for layers in LAYERS:
+        for scale in SCALES:
+            weights = torch.full((layers,), scale, dtype=torch.float64)
+            step = chain_step(weights, EPSILON)
+            rows.append(
+                {
+                    "layers": layers,
+                    "scale": scale,
+                    "orders": step.orders.tolist(),
+                    "predicted": step.predicted,
+                    "actual": step.actual,
+                    "one second-order term": second_order_term(weights, EPSILON),
+                    "left by Newton": left_by_newton(step),
+                }
+            )
+    costs = {order: cost_of_order(50, order) for order in (1, 2, 3, 5, 10, 25)}
+    return {"epsilon": EPSILON, "rows": rows, "derivatives of 50 layers by order": costs}
+
+
+def _draw_chain(data: Data) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = list(figure.subplots(1, 2))
+    deep = [row for row in data["rows"] if row["layers"] == LAYERS[-1]]
+    for row, colour in zip(deep, (GREY, GREEN, BLUE, ORANGE, "black"), strict=True):
+        sizes = [abs(term) for term in row["orders"][1:]]
+        shown = [(order, size) for order, size in enumerate(sizes, 1) if size > 1e-300]
+        left.plot(*zip(*shown, strict=True), color=colour, label=f"w = {row['scale']}")
+        rows = [each for each in data["rows"] if each["scale"] == row["scale"]]
+        ratios = [abs(each["actual"] / each["predicted"]) for each in rows]
+        right.plot(LAYERS, ratios, color=colour, marker="o", label=f"w = {row['scale']}")
+    left.set(xlabel="order k in ε", ylabel=f"|term of order k|, {LAYERS[-1]} layers", yscale="log")
+    left.set_ylim(1e-60, 1e60)
+    left.set_title("one step, term by term", fontsize=10)
+    right.axhline(1, color="black", linewidth=1, linestyle="--")
+    right.set(xlabel="layers l", ylabel="|actual change| / |predicted by εgᵀg|", yscale="log")
+    right.set_title("what the whole step does", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    for panel in (left, right):
+        _clear(panel)
+    largest = max(range(len(deep[-2]["orders"]) - 1), key=lambda k: abs(deep[-2]["orders"][k + 1]))
+    figure.suptitle(
+        f"With weights of {SCALES[-2]} and {LAYERS[-1]} layers, the term of order {largest + 1} is "
+        "the largest, not the first"
+    )
+    return figure
+
+
+def _rates(directory: Path) -> Data:
+    """Return the final losses of chains with and without BN, over learning rates."""
+    rows: list[Data] = []
+    for normalise in (True, False):
+        for lr in RATES:
+            finals = [train_chain(normalise, lr, 20, 300, seed)[-1] for seed in SEEDS]
+            rows.append({"normalised": normalise, "lr": lr, "losses": finals})
+    return {"rows": rows}
+
+
+def _draw_rates(data: Data) -> Figure:
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    panel = figure.subplots()
+    good: dict[bool, list[float]] = {}
+    for normalised, colour, label in ((True, BLUE, "with BN"), (False, ORANGE, "without")):
+        rows = [row for row in data["rows"] if row["normalised"] == normalised]
+        for row in rows:
+            losses = [min(max(loss, 1e-12), 1e3) for loss in row["losses"]]
+            panel.plot([row["lr"]] * len(losses), losses, "o", color=colour, alpha=0.4)
+        middle = [sorted(min(max(x, 1e-12), 1e3) for x in row["losses"])[2] for row in rows]
+        panel.plot([row["lr"] for row in rows], middle, color=colour, label=label)
+        good[normalised] = [
+            row["lr"] for row, loss in zip(rows, middle, strict=True) if loss < 1e-2
+        ]
+    panel.set(xscale="log", yscale="log", xlabel="learning rate")
+    panel.set_ylabel("loss after 300 steps\n(1000: diverged; points: 5 seeds)")
+    panel.legend(frameon=False)
+    _clear(panel)
+    spans = [_decades(good[True]), _decades(good[False])]
+    figure.suptitle(
+        f"A chain of 20 layers learns over {spans[0]:.1f} decades of the learning rate with BN, "
+        f"over {spans[1]:.1f} without"
+    )
+    return figure
+
+
+def _decades(rates: list[float]) -> float:
+    return float(torch.tensor(rates).log10().diff().sum()) + 0.25 if rates else 0.0
+
+
+def _delta(directory: Path) -> Data:
+    """Return the gradient at zero variance for several δ and dtypes."""
+    rows: list[Data] = []
+    for exponent in range(-14, 1):
+        row: Data = {"eps": 10.0**exponent}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            size = gradient_at_zero_variance(row["eps"], dtype).abs().max().item()
+            row[str(dtype).removeprefix("torch.")] = size
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _draw_delta(data: Data) -> Figure:
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    panel = figure.subplots()
+    for dtype, colour, marker in (
+        ("float32", BLUE, "o"),
+        ("bfloat16", ORANGE, "x"),
+        ("float16", GREEN, "s"),
+    ):
+        rows = [row for row in data["rows"] if row[dtype] < float("inf")]
+        panel.plot(
+            *([row[key] for row in rows] for key in ("eps", dtype)),
+            color=colour, marker=marker, label=dtype, linestyle="none", markerfacecolor="none",
+        )  # fmt: skip
+    lowest = min(row["eps"] for row in data["rows"] if row["float16"] < float("inf"))
+    panel.axhline(65504, color=GREEN, linewidth=1, linestyle="--")
+    panel.annotate("float16 ends here", (1e-4, 8e4), fontsize=8, color=GREEN)
+    panel.set(xscale="log", yscale="log", xlabel="δ (eps)", ylabel="|gradient| at zero variance")
+    panel.legend(frameon=False)
+    _clear(panel)
+    figure.suptitle(
+        f"The gradient is 1/√δ: finite down to δ = {lowest:.0e} in float16, and beyond in the "
+        "others"
+    )
+    return figure
+
+
+def _digits(directory: Path) -> Data:
+    """Return accuracies of the places of BN, and of statistics of the batch at test time."""
+    data = digits()
+    places: Data = {}
+    for place in ("before", "after", "none"):
+        found: list[float] = []
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            model = perceptron(place)
+            train_on(data, model, seed, 0.1, 4)
+            found.append(accuracy(data, model))
+        places[place] = found
+    sizes: Data = {}
+    running: list[float] = []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model = perceptron("before")
+        train_on(data, model, seed, 0.1, 4)
+        running.append(accuracy(data, model))
+        mixed = torch.randperm(len(data.test_x), generator=torch.Generator().manual_seed(seed))
+        by_class = data.test_labels.argsort()
+        for name, order in (("mixed", mixed), ("by class", by_class)):
+            for size in (2, 4, 8, 16, 32, 64, 128):
+                value = accuracy_by_batch(data, model, size, order)
+                sizes.setdefault(name, {}).setdefault(str(size), []).append(value)
+    moves = {
+        str(normalise): [steps_to_move_the_mean(normalise, 0.5, seed) for seed in range(10)]
+        for normalise in (True, False)
+    }
+    return {"places": places, "running": running, "batch": sizes, "steps to a mean": moves}
+
+
+def _draw_digits(data: Data) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = list(figure.subplots(1, 2, width_ratios=[1, 2]))
+    found = {place: mean_and_error(values) for place, values in data["places"].items()}
+    for number, (mean, error) in enumerate(found.values()):
+        left.errorbar(number, 100 * mean, 200 * error, color=BLUE, marker="o", capsize=4)
+    left.set_xticks(range(len(found)), ["before\nReLU", "after\nReLU", "no BN"])
+    left.set_xlim(-0.5, len(found) - 0.5)
+    left.set_ylabel("test accuracy / %, ± 2 standard errors")
+    for (name, by_size), colour in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
+        points = {int(size): mean_and_error(values) for size, values in by_size.items()}
+        right.errorbar(
+            list(points),
+            [100 * mean for mean, _ in points.values()],
+            [200 * error for _, error in points.values()],
+            color=colour, marker="o", capsize=3, label=f"statistics of the batch, {name}",
+        )  # fmt: skip
+    running, _ = mean_and_error(data["running"])
+    right.axhline(100 * running, color=GREEN, linestyle="--", label="running averages, any batch")
+    right.set_xscale("log", base=2)
+    right.set(xlabel="samples in a test batch", ylabel="test accuracy / %")
+    right.legend(frameon=False, fontsize=8)
+    for panel in (left, right):
+        _clear(panel)
+    two, _ = mean_and_error(data["batch"]["mixed"]["2"])
+    figure.suptitle(
+        f"Evaluated in pairs by their own statistics, {100 * two:.0f} % are right; by running "
+        f"averages, {100 * running:.0f} %, one by one"
+    )
+    return figure
+
+
+def _clear(panel: Axes) -> None:
+    panel.grid(color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+Section = tuple[Callable[[Path], Data], Callable[[Data], Figure]]
+SECTIONS: Mapping[str, Section] = {
+    "chain": (_chain, _draw_chain),
+    "rates": (_rates, _draw_rates),
+    "delta": (_delta, _draw_delta),
+    "digits": (_digits, _draw_digits),
+}
+
+
+if __name__ == "__main__":
+    main()
