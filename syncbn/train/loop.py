@@ -20,7 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.baselines import Renormalizer
 from syncbn.collectives import select_reducer
-from syncbn.errors import SyncBNError, TrainingError
+from syncbn.errors import ConfigError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, Position, read_newest
 from syncbn.train.data import load_dataset
 from syncbn.train.evaluation import evaluate
@@ -29,7 +29,7 @@ from syncbn.train.generators import KeptGenerators, restore_generators, seed_gen
 from syncbn.train.records import Records
 from syncbn.train.run_directory import Result, RunDirectory
 from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_loader
-from syncbn.train.schema import SYNCHRONISED, TrainConfig
+from syncbn.train.schema import SYNCHRONISED, Shares, TrainConfig
 from syncbn.train.state import Training, prepare
 from syncbn.train.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.watch import Watch
@@ -82,7 +82,12 @@ class _Loop:
         self.dataset = together(lambda: load_dataset(config.data, config.seed))
         self.control = select_reducer(None, torch.device("cpu"))
         self.share = TrainingShare(
-            len(self.dataset.train), config.data.batch_size, self.rank, self.world_size, config.seed
+            len(self.dataset.train),
+            config.data.batch_size,
+            self.rank,
+            self.world_size,
+            config.seed,
+            together(self._labels),
         )
         pinned = device.type == "cuda"
         self.loader = make_loader(self.dataset.train, self.share, config.data.workers, pinned)
@@ -106,6 +111,18 @@ class _Loop:
         self.buffers = list(self.training.model.buffers())
         self.kept_buffers = [buffer.clone() for buffer in self.buffers]
         self.kept_generators = KeptGenerators()
+
+    def _labels(self) -> Tensor | None:
+        """Return the labels by which the ranks share the training samples, if they do."""
+        if self.config.data.shares is Shares.mixed:
+            return None
+        labels = getattr(self.dataset.train, "labels", None)
+        if not isinstance(labels, Tensor):
+            raise ConfigError(
+                f"data.shares=by_class needs the labels of all samples in memory, which data="
+                f"{self.config.data.name} has not; choose data.shares=mixed"
+            )
+        return labels
 
     def train(self) -> Result:
         started = time.monotonic()
@@ -172,6 +189,12 @@ class _Loop:
 
     def _restore_elsewhere(self, checkpoint: Checkpoint) -> None:
         """Go on with another number of ranks, at the same share of the run and of its schedule."""
+        if self.config.data.shares is Shares.by_class and self.position.samples:
+            raise TrainingError(
+                f"the run stopped within an epoch that {checkpoint.world_size} ranks share by "
+                f"class, and {self.world_size} would share otherwise; go on with "
+                f"{checkpoint.world_size} ranks"
+            )
         left = self._steps_from(self.position.samples)
         whole = self.config.epochs - self.position.epoch - 1
         self.total_steps = self._capped(

@@ -47,7 +47,7 @@ class TrainingShare(Sampler[list[Key]]):
     last batch may be smaller; it is shared out likewise, so that a rank may get none of it.
 
     A position within an epoch is a number of samples over all ranks, and means the same for every
-    world size.
+    world size, unless samples are shared out by their labels.
 
     Args:
         size: training samples.
@@ -55,14 +55,25 @@ class TrainingShare(Sampler[list[Key]]):
         rank: this rank.
         world_size: how many there are.
         seed: decides the order.
+        labels: shape (size,); of samples in the order of these, each rank gets the next part, and
+            no other ones in any epoch. None: any rank may get any sample.
     """
 
-    def __init__(self, size: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        labels: Tensor | None = None,
+    ) -> None:
         self._size = size
         self._whole = batch_size * world_size
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
+        self._sorted = None if labels is None else labels.argsort(stable=True)
         self.set_position(0)
 
     def set_position(self, epoch: int, start: int = 0) -> None:
@@ -81,10 +92,24 @@ class TrainingShare(Sampler[list[Key]]):
         epoch = self._epoch
         (value,) = np.random.SeedSequence((self._seed, epoch)).generate_state(1)
         generator = torch.Generator().manual_seed(int(value))
-        rest = torch.randperm(self._size, generator=generator)[self._start :]
+        rest = self._order(generator)[self._start :]
         for number in range(len(self)):
             batch = rest[number * self._whole :][: self._whole]
             yield [(epoch, index) for index in batch[self._rank :: self._world_size].tolist()]
+
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Return the samples of an epoch, of which each rank takes every world_size-th."""
+        if self._sorted is None:
+            return torch.randperm(self._size, generator=generator)
+        order = torch.empty_like(self._sorted)
+        first = 0
+        for rank in range(self._world_size):
+            places = order[rank :: self._world_size]
+            own = self._sorted[first : first + len(places)]
+            places.copy_(own[torch.randperm(len(own), generator=generator)])
+            first += len(places)
+        return order
 
 
 def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:

@@ -37,6 +37,13 @@ class Precision(Enum):
     float16 = "float16"
 
 
+class Shares(Enum):
+    """Which of the training samples a replica sees."""
+
+    mixed = "mixed"
+    by_class = "by_class"
+
+
 class WhiteningMethod(Enum):
     """How the inverse root of a covariance is found."""
 
@@ -51,6 +58,7 @@ class DataConfig:
     name: str
     batch_size: PositiveInt
     workers: NonNegativeInt
+    shares: Shares = Shares.mixed
 
 
 @dataclass(kw_only=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -14,10 +15,11 @@ from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError, DataError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
-from syncbn.train.data import digits
+from syncbn.train.data import Dataset, digits
 from syncbn.train.images import TensorImages
 from syncbn.train.loop import together, train
 from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
+from syncbn.train.sampling import Batch, Key
 from tests.support.jobs import quiet_watch
 from tests.support.tolerance import assert_as_exact
 from tests.support.world import run_world
@@ -299,6 +301,14 @@ def _train_custom(overrides: list[str]) -> str:
     [
         (["data=mnist", "data.path=/nowhere"], "data.path=/nowhere: there is no file train-images"),
         (
+            [
+                *("data=custom", "data.factory=tests.syncbn.train.test_loop:make_without_labels"),
+                "data.shares=by_class",
+            ],
+            "data.shares=by_class needs the labels of all samples in memory, which data=custom "
+            "has not; choose data.shares=mixed",
+        ),
+        (
             ["model=torchvision", "model.architecture=alexnet", "~model.width"],
             "model: cannot learn from images of shape (1, 8, 8): ",
         ),
@@ -310,6 +320,20 @@ def test_what_cannot_be_had_is_explained_on_every_rank(
     chosen = [o for o in overrides if not o.startswith("~")]
     for text in run_world(2, _explain_custom, [*chosen, f"run_dir={tmp_path / 'run'}"]):
         assert text.startswith(message)
+
+
+class _WithoutLabels:
+    """Samples that know their labels only when they are fetched."""
+
+    def __len__(self) -> int:
+        return len(digits().train)
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return digits().train.__getitems__(keys)
+
+
+def make_without_labels() -> Dataset:
+    return dataclasses.replace(digits(), train=_WithoutLabels())
 
 
 def _explain_custom(overrides: list[str]) -> str:

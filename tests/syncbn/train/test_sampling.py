@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 import time
@@ -69,6 +70,25 @@ def _joined(shares: list[TrainingShare]) -> list[list[Key]]:
 def _order(size: int, epoch: int, seed: int = 0) -> list[int]:
     (share,) = _shares(size, 1, 1, epoch, seed=seed)
     return [index for ((_, index),) in share]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_shares_by_class_hold_the_same_samples_in_every_epoch(world_size: int) -> None:
+    labels = torch.arange(20).flip(0) // 5  # 3 3 3 3 3 2 … 0
+    shares = [TrainingShare(20, 2, r, world_size, 0, labels) for r in range(world_size)]
+    seen: list[list[int]] = []
+    for epoch in (0, 1):
+        for share in shares:
+            share.set_position(epoch)
+        seen.append([index for share in shares for batch in share for _, index in batch])
+        assert sorted(seen[-1]) == list(range(20))
+    for rank, share in enumerate(shares):
+        mine = [{int(labels[i]) for batch in share for _, i in batch} for _ in range(2)]
+        assert mine[0] == mine[1]
+        # The first ranks have the first classes.
+        assert max(mine[0]) <= math.ceil(4 * (rank + 1) / world_size)
+        assert min(mine[0]) >= 4 * rank // world_size
+    assert seen[0] != seen[1]  # each shuffles its own
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
