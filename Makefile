@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test test-long format lock clean
+.PHONY: help install demo why test test-long format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,9 @@ install: .venv/.installed  ## make .venv and install syncbn with what its tests 
 
 demo: install  ## train on 2 processes, serve the model, query it
 	$(BIN)/python scripts/demo.py
+
+why: install  ## compute and draw what docs/why.md shows, in a quarter of an hour
+	$(BIN)/python scripts/why.py
 
 test: install  ## lint, format check, types, import directions, tests
 	$(BIN)/ruff check

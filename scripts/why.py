@@ -1,14 +1,19 @@
 """Computes and draws what docs/why.md shows: data and pictures of the claims of the chapter."""
 
 import argparse
+import itertools
 import json
+import logging
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from chapter import (
     accuracy,
     accuracy_by_batch,
@@ -27,6 +32,13 @@ from chapter import (
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plots import BLUE, GREEN, GREY, ORANGE
+from torch.multiprocessing.spawn import spawn
+
+import syncbn
+from syncbn.train.config import compose_config
+from syncbn.train.loop import train
+from syncbn.train.run_directory import open_run_directory
+from syncbn.train.sweep import job_name
 
 Data = dict[str, Any]
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -35,6 +47,11 @@ SCALES = [0.5, 0.9, 1.0, 1.1, 1.5]
 EPSILON = 1e-2
 RATES = [10 ** (exponent / 4) for exponent in range(-12, 5)]
 SEEDS = range(5)
+RUNS = 4  # of each job of the sweeps
+T_95 = 3.182  # Student's t for 95 % and four runs
+BATCHES = [2, 4, 8, 16]
+NORMS = ("local", "sync")
+KINDS = ["none", "penalty", "renormalize", "local", "sync", "whitening"]
 
 
 def main() -> None:
@@ -56,8 +73,8 @@ def main() -> None:
         print(f"{name} …", end=" ", flush=True)
         compute, draw = SECTIONS[name]
         data = compute(arguments.directory)
-        (arguments.directory / f"{name}.json").write_text(json.dumps(data, indent=1))
         picture = draw(data)
+        (arguments.directory / f"{name}.json").write_text(json.dumps(data, indent=1))
         for place in [arguments.directory, *([IMAGES] if arguments.write else [])]:
             picture.savefig(place / f"why-{name}.png", dpi=120, facecolor="white")
         print(f"{time.monotonic() - started:.0f} s", flush=True)
@@ -256,6 +273,222 @@ def _draw_digits(data: Data) -> Figure:
     return figure
 
 
+# What each rank does, one job after the other: nothing is started anew between them.
+
+
+class _NobodyWatches:
+    """Stands in for the watch of a rank, which these have no launcher for."""
+
+    stop_signal = 0
+
+    def at(self, step: int, doing: str) -> None:
+        """Tell nobody."""
+
+
+def _be_rank(rank: int, world_size: int, directory: str, jobs: list[list[str]]) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("syncbn").setLevel(logging.ERROR)
+    store = f"file://{directory}/rendezvous-{world_size}"
+    dist.init_process_group(
+        "gloo", store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    for job in jobs:
+        config = compose_config([*job, f"run_dir='{directory}/{job_name(job)}'", "track=none"])
+        run = open_run_directory(config) if rank == 0 else None
+        watch: Any = _NobodyWatches()
+        result = train(config, run, torch.device("cpu"), watch)
+        if run is not None:
+            run.write_result(result)
+            print(".", end="", flush=True)
+    dist.destroy_process_group()
+
+
+def _train(directory: Path, world_size: int, jobs: list[list[str]]) -> list[float]:
+    """Return the test accuracy at the end of each job, all of which write what a sweep does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if not (directory / job_name(job) / "result.json").exists()]
+    if missing:
+        (directory / f"rendezvous-{world_size}").unlink(missing_ok=True)
+        spawn(_be_rank, (world_size, str(directory), missing), nprocs=world_size)
+    ends: list[float] = []
+    for job in jobs:
+        *_, last = (directory / job_name(job) / "metrics.jsonl").read_text().splitlines()
+        ends.append(json.loads(last)["test_accuracy"])
+    return ends
+
+
+def _synchronising(directory: Path) -> Data:
+    """Return accuracies with statistics of each rank and of all, for several batches and ranks."""
+    rows: list[Data] = []
+    for world_size, norms in ((1, ("sync",)), (2, NORMS), (4, NORMS)):
+        shares = ("mixed",) if world_size == 1 else ("mixed", "by_class")
+        keys = list(itertools.product(shares, BATCHES, norms))
+        jobs = [
+            [
+                *(f"data.shares={share}", f"data.batch_size={size}", f"norm={norm}"),
+                *(f"launch.nproc={world_size}", f"seed={seed}", "epochs=2"),
+            ]
+            for share, size, norm in keys
+            for seed in range(RUNS)
+        ]
+        ends = _train(directory / "synchronising", world_size, jobs)
+        for number, (share, size, norm) in enumerate(keys):
+            row: Data = {"ranks": world_size, "shares": share, "batch": size, "norm": norm}
+            rows.append(row | {"accuracies": ends[number * RUNS :][:RUNS]})
+    return {"rows": rows}
+
+
+def _draw_synchronising(data: Data) -> Figure:
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    panels: list[list[Axes]] = figure.subplots(2, 2, sharex=True, sharey="row").tolist()
+    rows = data["rows"]
+    gains: dict[tuple[str, int, int], tuple[float, float]] = {}
+    for line, share in zip(panels, ("mixed", "by_class"), strict=True):
+        for panel, ranks in zip(line, (2, 4), strict=True):
+            for norm, colour, shift in (("local", ORANGE, 0.97), ("sync", BLUE, 1.03)):
+                found = [
+                    r for r in rows if (r["ranks"], r["shares"], r["norm"]) == (ranks, share, norm)
+                ]
+                means = [mean_and_error(row["accuracies"]) for row in found]
+                panel.errorbar(
+                    [row["batch"] * shift for row in found],
+                    [100 * mean for mean, _ in means],
+                    [100 * T_95 * error for _, error in means],
+                    color=colour, marker="o", capsize=3, label=f"norm={norm}",
+                )  # fmt: skip
+            for size in BATCHES:
+                local, sync = (
+                    next(
+                        r["accuracies"]
+                        for r in rows
+                        if (r["ranks"], r["shares"], r["batch"], r["norm"])
+                        == (ranks, share, size, norm)
+                    )
+                    for norm in NORMS
+                )
+                pairs = [b - a for a, b in zip(local, sync, strict=True)]
+                gains[share, ranks, size] = mean_and_error(pairs)
+            panel.set_xscale("log", base=2)
+            panel.set_title(f"{ranks} ranks, data.shares={share}", fontsize=10)
+            _clear(panel)
+        line[0].set_ylabel("test accuracy / %\n(95 % intervals)")
+    for panel in panels[1]:
+        panel.set_xlabel("batch of a rank")
+    panels[0][0].legend(frameon=False)
+    best = max(gains, key=lambda key: gains[key][0])
+    real = sum(abs(mean) > T_95 * error for mean, error in gains.values())
+    data["gains of sync over local"] = [
+        {"shares": s, "ranks": w, "batch": n, "gain": mean, "95 %": T_95 * error}
+        for (s, w, n), (mean, error) in gains.items()
+    ]
+    figure.suptitle(
+        f"Synchronising gains up to {100 * gains[best][0]:.1f} points ({best[1]} ranks, batches of "
+        f"{best[2]}, {best[0]}); {real} of {len(gains)} differences are beyond chance"
+    )
+    return figure
+
+
+def _before(directory: Path) -> Data:
+    """Return what came before BN, BN and whitening, on a CNN and a deep perceptron."""
+    models = {"cnn": ["model=cnn"], "mlp of 8 layers": ["model=mlp"]}
+    models["mlp of 20 layers"] = ["model=mlp", "model.depth=20"]
+    rows: list[Data] = []
+    keys = list(itertools.product(models, KINDS))
+    jobs = [
+        [*models[model], f"norm={kind}", "launch.nproc=2", f"seed={seed}", "epochs=4"]
+        for model, kind in keys
+        for seed in range(RUNS)
+    ]
+    place = directory / "before"
+    ends = _train(place, 2, jobs)
+    for number, (model, kind) in enumerate(keys):
+        row: Data = {"model": model, "norm": kind, "accuracies": ends[number * RUNS :][:RUNS]}
+        if kind == "renormalize":
+            lines = (place / job_name(jobs[number * RUNS]) / "steps.jsonl").read_text()
+            row["steps"] = [json.loads(line) for line in lines.splitlines()]
+        rows.append(row)
+    return {"rows": rows}
+
+
+def _draw_before(data: Data) -> Figure:
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = list(figure.subplots(1, 2, width_ratios=[3, 2]))
+    models = list(dict.fromkeys(row["model"] for row in data["rows"]))
+    for offset, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=True)):
+        found = [mean_and_error(r["accuracies"]) for r in data["rows"] if r["model"] == model]
+        left.errorbar(
+            [place + 0.15 * (offset - 1) for place in range(len(KINDS))],
+            [100 * mean for mean, _ in found],
+            [100 * T_95 * error for _, error in found],
+            color=colour, marker="o", linestyle="none", capsize=3, label=model,
+        )  # fmt: skip
+        (undone,) = [r["steps"] for r in data["rows"] if r["model"] == model and "steps" in r]
+        steps = [line["step"] for line in undone]
+        sizes = [line["undone_log_scale"] for line in undone]
+        right.plot(steps, sizes, color=colour, label=model)
+    left.set_xticks(range(len(KINDS)), KINDS, rotation=20)
+    left.set_ylim(0, 102)
+    left.set_ylabel("test accuracy / % after 4 epochs (95 % intervals)")
+    left.legend(frameon=False, fontsize=8, loc="lower left")
+    right.set(yscale="log", xlabel="step", ylabel="change of ln σ that renormalising undoes")
+    for panel in (left, right):
+        _clear(panel)
+    deep = {
+        r["norm"]: mean_and_error(r["accuracies"])[0]
+        for r in data["rows"]
+        if r["model"] == models[-1]
+    }
+    figure.suptitle(
+        f"20 layers deep, batch normalization reaches {100 * deep['sync']:.0f} %, none "
+        f"{100 * deep['none']:.0f} %, a penalty {100 * deep['penalty']:.0f} %, renormalising "
+        f"{100 * deep['renormalize']:.0f} %"
+    )
+    return figure
+
+
+def _whitening(directory: Path) -> Data:
+    """Return the time of whitening over that of batch normalization, for more and more channels."""
+    rows: list[Data] = []
+    for channels in (16, 32, 64, 128, 256, 512):
+        x = torch.randn(16, channels, 8, 8, requires_grad=True)
+        layers: dict[str, torch.nn.Module] = {
+            "batch normalization": syncbn.SyncBatchNorm(channels),
+            "groups of 16": syncbn.SyncWhitening(channels, 16),
+            "all, zca": syncbn.SyncWhitening(channels, channels),
+            "all, newton": syncbn.SyncWhitening(channels, channels, "newton"),
+        }
+        times: dict[str, list[float]] = {name: [] for name in layers}
+        for _ in range(7):
+            for name, layer in layers.items():
+                started = time.perf_counter()
+                layer(x).sum().backward()
+                times[name].append(1e3 * (time.perf_counter() - started))
+        rows.append({"channels": channels} | {k: statistics.median(v) for k, v in times.items()})
+    return {"input": "16×C×8×8, float32, one rank, one thread", "milliseconds": rows}
+
+
+def _draw_whitening(data: Data) -> Figure:
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    panel = figure.subplots()
+    rows = data["milliseconds"]
+    for name, colour in zip(
+        rows[0].keys() - {"channels"}, (BLUE, ORANGE, GREEN, GREY), strict=True
+    ):
+        panel.plot(
+            [r["channels"] for r in rows], [r[name] for r in rows], "o-", color=colour, label=name
+        )
+    panel.set_xscale("log", base=2)
+    panel.set(yscale="log", xlabel="channels C", ylabel="forward and backward / ms")
+    panel.legend(frameon=False)
+    _clear(panel)
+    ratios = [row["all, zca"] / row["batch normalization"] for row in (rows[0], rows[-1])]
+    figure.suptitle(
+        f"Whitening all channels together takes {ratios[0]:.0f} times as long as batch "
+        f"normalization at C = 16, {ratios[1]:.0f} times at C = 512"
+    )
+    return figure
+
+
 def _clear(panel: Axes) -> None:
     panel.grid(color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
@@ -268,6 +501,9 @@ SECTIONS: Mapping[str, Section] = {
     "rates": (_rates, _draw_rates),
     "delta": (_delta, _draw_delta),
     "digits": (_digits, _draw_digits),
+    "before": (_before, _draw_before),
+    "whitening": (_whitening, _draw_whitening),
+    "synchronising": (_synchronising, _draw_synchronising),
 }
 
 

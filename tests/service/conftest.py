@@ -22,13 +22,16 @@ from syncbn.models import build_model
 CLASSES = ("circle", "square", "star")
 
 
-def write_small_bundle(path: Path, name: str = "shapes", seed: int = 0) -> None:
+def write_small_bundle(
+    path: Path, name: str = "shapes", seed: int = 0, norm: str = "batch"
+) -> None:
     """Write a bundle of a random model for images of shape (1, 4, 4)."""
     torch.manual_seed(seed)
     arguments: dict[str, int | float | bool | str] = {
         "in_channels": 1,
         "num_classes": len(CLASSES),
         "width": 4,
+        "norm": norm,
     }
     model = build_model("cnn", arguments)
     model(torch.randn(64, 1, 4, 4))  # moves the running statistics

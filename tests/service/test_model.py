@@ -250,3 +250,13 @@ def test_request_that_never_ends_is_not_waited_for(models: Path) -> None:
             await served.drain()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("norm", ["whitening", "none"])
+def test_other_normalizations_are_served_as_they_were_trained(tmp_path: Path, norm: str) -> None:
+    write_small_bundle(tmp_path / "one", norm=norm)
+    served = _load(tmp_path / "one")
+    bundle = read_bundle(tmp_path / "one")
+    x = torch.randn(5, 1, 4, 4)
+    expected = bundle.model(bundle.manifest.preprocessing.apply(x))
+    assert np.allclose(served.predictor(x.numpy()), expected.softmax(1).numpy(), atol=1e-5)
