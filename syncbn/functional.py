@@ -1,6 +1,7 @@
 """`sync_batch_norm`: batch normalization over all replicas, with its true gradient."""
 
 import inspect
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,9 @@ def sync_batch_norm(
         x: shape (N, C, *), floating point, any memory format; y keeps dtype and format.
         weight: γ, shape (C,), any floating dtype; None means 1.
         bias: β, shape (C,), any floating dtype; None means 0.
-        eps: added to σ² inside the square root; dimension of x².
+        eps: added to σ² inside the square root; dimension of x². In float16 above 2.3e-10, where
+            1/√eps, the gradient of a channel that does not vary, would overflow; a smaller one is
+            warned of.
         process_group: the replicas; None means the default group, or this process alone where
             `torch.distributed` is not initialised.
         residual: added before the ReLU; of x's shape, dtype and device.
@@ -120,6 +123,12 @@ def normalize(
     Where the call has a memory, it betters and spares reductions. A call that repeats an earlier
     one for activation checkpointing does not communicate, and returns no moments.
     """
+    if eps <= torch.finfo(x.dtype).max ** -2:
+        warnings.warn(
+            f"eps is {eps}: where a channel does not vary, the gradient is 1/√eps, which {x.dtype} "
+            f"cannot hold; choose an eps above {torch.finfo(x.dtype).max ** -2:.1e}",
+            stacklevel=4,
+        )
     kernels = select_kernels()
     inputs = x, weight, bias, residual
     if isinstance(kernels, NativeKernels) and is_plain(*inputs):

@@ -39,7 +39,8 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
     Args:
         num_features: C, the channels of inputs (N, C, *).
-        eps: added to σ² inside the square root; dimension of x².
+        eps: added to σ² inside the square root; dimension of x². For float16, see
+            `sync_batch_norm`.
         momentum: weight of the newest batch in the running statistics; None for the plain average
             over all batches.
         affine: whether to learn weight γ and bias β.

@@ -97,7 +97,6 @@ class TrainingShare(Sampler[list[Key]]):
             batch = rest[number * self._whole :][: self._whole]
             yield [(epoch, index) for index in batch[self._rank :: self._world_size].tolist()]
 
-
     def _order(self, generator: torch.Generator) -> Tensor:
         """Return the samples of an epoch, of which each rank takes every world_size-th."""
         if self._sorted is None:
