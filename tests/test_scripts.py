@@ -1,4 +1,4 @@
-"""The bench scripts' sections that time nothing; what the others time is no matter for a test."""
+"""The scripts' sections that time nothing; what the others time is no matter for a test."""
 
 import json
 import sys
@@ -31,3 +31,21 @@ def test_model_of_costs_is_that_of_its_formulas(tmp_path: Path) -> None:
     alpha_us, per_byte_us, both_sums = 30, 1 / 1250, 32 * 256 + 8
     assert row["tree µs"] == pytest.approx(2 * 6 * alpha_us + 6 * both_sums * per_byte_us)
     assert row["ring µs"] == pytest.approx(2 * 14 * alpha_us + 14 / 8 * both_sums * per_byte_us)
+
+
+def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "why.py"), "why"]
+    result = run([*command, "--only", "chain", "delta"], tmp_path, timeout_s=120)
+    assert result.returncode == 0, result.stdout
+    assert "data and pictures are in why" in result.stdout
+    for name in ("chain", "delta"):
+        assert json.loads((tmp_path / "why" / f"{name}.json").read_text())["rows"]
+        assert (tmp_path / "why" / f"why-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_claims_cannot_be_drawn_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(REPOSITORY / "scripts" / "why.py"), "file"]
+    result = run(command, tmp_path, timeout_s=120)
+    assert result.returncode == 1
+    assert result.stdout.startswith("why.py: cannot make file: ")
