@@ -179,9 +179,7 @@ def test_gradient_is_finite_at_zero_variance(dtype: torch.dtype) -> None:
 def test_half_precision_supports_no_smaller_delta_than_its_largest_number() -> None:
     # The gradient is δ^(−1/2), and 65504 the largest number of float16.
     assert gradient_at_zero_variance(2.4e-10, torch.float16).isfinite().all()
-    with pytest.warns(
-        UserWarning, match=r"eps is 2.2e-10: .*float16 cannot hold; .* 2.3e-10"
-    ):
+    with pytest.warns(UserWarning, match=r"eps is 2.2e-10: .*float16 cannot hold; .* 2.3e-10"):
         gradient = gradient_at_zero_variance(2.2e-10, torch.float16)
     assert not gradient.isfinite().any()
     for dtype in (torch.float32, torch.bfloat16):

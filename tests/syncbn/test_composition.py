@@ -88,14 +88,20 @@ def _compiled_in_turn(ways: list[tuple[bool | None, bool, str]]) -> list[int]:
     return [_compiled_like_eager(*way) for way in ways]
 
 
-def test_compiles_to_one_graph_with_the_numbers_of_eager() -> None:
-    # One world for all, because loading the compiler takes longest.
-    ways = [
-        (None, False, "aot_eager"),
-        (True, False, "aot_eager"),
-        (None, True, "aot_eager"),
-        (None, False, "inductor"),
-    ]
+# One world for all ways, because loading the compiler takes longest.
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [(None, False, "aot_eager"), (None, True, "aot_eager")],
+        pytest.param(
+            [(True, False, "aot_eager"), (None, False, "inductor")], marks=pytest.mark.long
+        ),
+    ],
+    ids=["captured", "compiled"],
+)
+def test_compiles_to_one_graph_with_the_numbers_of_eager(
+    ways: list[tuple[bool | None, bool, str]],
+) -> None:
     for graphs in run_world(2, _compiled_in_turn, ways, deadline_s=200):
         assert all(0 < count <= 5 for count in graphs)  # fixed sizes, any size, none, one
 
