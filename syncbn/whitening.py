@@ -48,7 +48,7 @@ class SyncWhitening(Synchronised):
     |μ|/σ of a channel is above 10⁴, plus 2⁻⁵²·(μ/σ)²·κ. With "newton", Σ^(−1/2) is what so many
     iterations reach: along an eigenvalue λ far below tr Σ·(4/9)^T, the output's variance is
     λ/tr Σ·(9/4)^T instead of 1. The gradient is exactly that of what is computed, and can be
-    differentiated in turn. Memory: two float64 copies of the input are kept for backward.
+    differentiated in turn. Memory: three float64 copies of the input are kept for backward.
 
     Args:
         num_features: C, the channels of inputs (N, C, *).

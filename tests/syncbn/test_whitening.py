@@ -348,17 +348,25 @@ def test_copies_and_pickles_compute_the_same() -> None:
         assert torch.equal(twin(x), expected)
 
 
-def test_compiles_without_a_break() -> None:
-    x, _ = Case(((9, 6),)).share(0, 0)
+def _compiled() -> None:
+    x, dy = Case(((4, 6), (5, 6))).share(dist.get_rank(), 0)
     layer = _layer({}, torch.float64)
-    expected = copy.deepcopy(layer)(x.requires_grad_())
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y = compiled(x)
-    torch.testing.assert_close(y, expected)
-    expected.square().mean().backward()
-    truth, x.grad = x.grad, None
-    y.square().mean().backward()
-    torch.testing.assert_close(x.grad, truth)
+    twin = copy.deepcopy(layer)
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found: list[list[Tensor]] = []
+    for forward, module in ((compiled, layer), (twin, twin)):
+        mine = x.clone().requires_grad_()
+        y = forward(mine)
+        y.backward(dy)
+        assert mine.grad is not None
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        found.append([y.detach(), mine.grad, *gradients, *module.state_dict().values()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiles_without_a_break_and_computes_the_same(world_size: int) -> None:
+    run_world(world_size, _compiled, deadline_s=120)
 
 
 def _without_samples() -> tuple[bool, bool]:
