@@ -6,6 +6,7 @@ The chapter: Goodfellow, Bengio and Courville, "Deep Learning" (2016), section 8
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 
 import torch
 from sklearn.datasets import load_digits
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import syncbn
+
+_DIGITS = 400
 
 # 1. The deep linear chain
 
@@ -25,11 +28,13 @@ class ChainStep:
         orders: the term of each order from 0 to l; they sum to ŷ(w − εg).
         predicted: the change by first order, −ε·gᵀg.
         actual: ŷ(w − εg) − ŷ(w).
+        left_by_newton: the terms of orders three and up, which a prediction of second order misses.
     """
 
     orders: Tensor
     predicted: float
     actual: float
+    left_by_newton: float
 
 
 def chain_gradient(weights: Tensor, x: float = 1.0) -> Tensor:
@@ -41,33 +46,33 @@ def chain_gradient(weights: Tensor, x: float = 1.0) -> Tensor:
 
 
 def chain_step(weights: Tensor, epsilon: float, x: float = 1.0) -> ChainStep:
-    """Return the exact terms of ŷ(w − εg), by multiplying out ∏(wᵢ − εgᵢ) as a polynomial in ε.
+    """Return the terms of ŷ(w − εg), by multiplying out ∏(wᵢ − εgᵢ) as a polynomial in ε.
+
+    With 400 decimal digits, because terms of alternating sign cancel, and small changes vanish, in
+    float64; only the results are rounded to that.
 
     Args:
         weights: shape (l,), float64.
         epsilon: the step.
         x: the input.
     """
-    gradient = chain_gradient(weights, x)
-    orders = weights.new_zeros(len(weights) + 1)
-    orders[0] = x
-    for weight, slope in zip(weights, gradient, strict=True):
-        moved = torch.cat([orders.new_zeros(1), orders[:-1]]) * (-epsilon * slope)
-        orders = orders * weight + moved
-    predicted = -epsilon * float(gradient @ gradient)
-    actual = x * float((weights - epsilon * gradient).prod()) - x * float(weights.prod())
-    return ChainStep(orders, predicted, actual)
+    with localcontext(prec=_DIGITS):
+        exact = [Decimal(value) for value in weights.tolist()]
+        orders = [Decimal(x)]
+        for number, weight in enumerate(exact):
+            others = exact[:number] + exact[number + 1 :]
+            step = -Decimal(epsilon) * math.prod(others, start=Decimal(x))
+            kept, moved = [*orders, Decimal(0)], [Decimal(0), *orders]
+            orders = [a * weight + b * step for a, b in zip(kept, moved, strict=True)]
+        actual, left = sum(orders[1:]), sum(orders[3:])
+    rounded = torch.tensor([float(order) for order in orders], dtype=torch.float64)
+    return ChainStep(rounded, float(orders[1]), float(actual), float(left))
 
 
 def second_order_term(weights: Tensor, epsilon: float, x: float = 1.0) -> float:
     """Return the chapter's example of a term of second order: ε²·g₁·g₂·x·∏_{i≥3} wᵢ."""
     gradient = chain_gradient(weights, x)
     return epsilon**2 * float(gradient[0] * gradient[1] * x * weights[2:].prod())
-
-
-def left_by_newton(step: ChainStep) -> float:
-    """Return what a prediction of second order still misses: the terms of orders three and up."""
-    return float(step.orders[3:].sum())
 
 
 def cost_of_order(layers: int, order: int) -> int:

@@ -18,7 +18,6 @@ from chapter import (
     cost_of_order,
     digits,
     gradient_at_zero_variance,
-    left_by_newton,
     mean_and_error,
     perceptron,
     second_order_term,
@@ -85,7 +84,7 @@ def _chain(directory: Path) -> Data:
                     "predicted": step.predicted,
                     "actual": step.actual,
                     "one second-order term": second_order_term(weights, EPSILON),
-                    "left by Newton": left_by_newton(step),
+                    "left by Newton": step.left_by_newton,
                 }
             )
     costs = {order: cost_of_order(50, order) for order in (1, 2, 3, 5, 10, 25)}
@@ -384,7 +383,7 @@ def _draw_whitening(data: Data) -> Figure:
     ratios = [row["all, zca"] / row["batch normalization"] for row in (rows[0], rows[-1])]
     figure.suptitle(
         f"Whitening 16 channels together takes {ratios[0]:.0f} times as long as batch "
-        f"normalization, 512 {ratios[1]:.0f} times",
+        f"normalization, 512 channels {ratios[1]:.0f} times",
         fontsize=11,
     )
     return figure

@@ -1,5 +1,6 @@
 """The claims of the chapter, each as a test that can fail; docs/why.md shows them as figures."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -17,7 +18,6 @@ from scripts.chapter import (
     gamma_and_beta_of,
     gradient_at_zero_variance,
     gradient_with_delta_outside,
-    left_by_newton,
     second_order_term,
     steps_to_move_the_mean,
     train_chain,
@@ -37,22 +37,18 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
 # 1. The deep linear chain
 
 
-def test_terms_of_a_step_are_those_of_exact_arithmetic() -> None:
+def test_terms_of_a_step_are_sums_over_sets_of_layers() -> None:
     weights = torch.tensor([1.5, -0.75, 2.0, 0.5], dtype=torch.float64)
     exact = [Fraction(float(weight)) for weight in weights]
-    gradient = [math.prod(w for j, w in enumerate(exact) if j != i) for i in range(len(exact))]
-    orders = [Fraction(1)] + [Fraction(0)] * 4
-    for weight, slope in zip(exact, gradient, strict=True):
-        moved = [Fraction(0), *orders[:-1]]
-        step = -Fraction(EPSILON) * slope
-        orders = [kept * weight + up * step for kept, up in zip(orders, moved, strict=True)]
-    found = chain_step(weights, EPSILON)
-    torch.testing.assert_close(
-        found.orders,
-        torch.tensor([float(order) for order in orders], dtype=torch.float64),
-        rtol=1e-14,
-        atol=0,
-    )
+    layers = range(len(exact))
+    gradient = [math.prod(exact[j] for j in layers if j != i) for i in layers]
+    found = chain_step(weights, EPSILON).orders
+    for order in range(len(exact) + 1):
+        term = sum(
+            math.prod(-Fraction(EPSILON) * gradient[i] if i in moved else exact[i] for i in layers)
+            for moved in itertools.combinations(layers, order)
+        )
+        assert float(found[order]) == float(term)
 
 
 @pytest.mark.parametrize("layers", [2, 3, 10, 50])
@@ -61,10 +57,12 @@ def test_terms_add_up_to_the_step(layers: int, scale: float) -> None:
     weights = scale * (1 + 0.1 * _normal(layers, seed=layers))
     step = chain_step(weights, EPSILON)
     torch.testing.assert_close(float(step.orders[0]), float(weights.prod()), rtol=1e-13, atol=0)
-    torch.testing.assert_close(float(step.orders[1]), step.predicted, rtol=1e-12, atol=0)
-    total = float(step.orders.sum() - step.orders[0])
-    size = float(step.orders.abs().max())
-    assert total == pytest.approx(step.actual, rel=1e-9, abs=1e-13 * size)
+    gradient = chain_gradient(weights)
+    assert step.predicted == pytest.approx(-EPSILON * float(gradient @ gradient), rel=1e-12)
+    actual = float((weights - EPSILON * gradient).prod() - weights.prod())
+    # The difference of two products rounds in their size.
+    size = float(max(weights.prod().abs(), abs(step.actual)))
+    assert step.actual == pytest.approx(actual, rel=1e-8, abs=1e-13 * size)
 
 
 def test_gradient_of_a_chain_is_that_of_autograd() -> None:
@@ -99,8 +97,8 @@ def test_first_order_misjudges_the_step_of_a_deep_chain() -> None:
 def test_newton_leaves_the_orders_from_three_up() -> None:
     step = chain_step(torch.full((30,), 1.1).double(), 1e-2)
     error = step.actual - step.predicted - float(step.orders[2])
-    assert error == pytest.approx(left_by_newton(step), rel=1e-9)
-    assert abs(left_by_newton(step)) > abs(step.predicted)
+    assert error == pytest.approx(step.left_by_newton, rel=1e-9)
+    assert abs(step.left_by_newton) > abs(step.predicted)
     assert [cost_of_order(50, order) for order in (1, 2, 3, 10)] == [50, 1225, 19600, 10272278170]
 
 
