@@ -106,7 +106,12 @@ def test_missing_gpus_are_explained(tmp_path: Path) -> None:
 def test_help_names_the_groups_and_leaves_nothing_behind(tmp_path: Path) -> None:
     result = run([*TRAIN, "--help"], tmp_path)
     assert result.returncode == 0
-    for text in ("syncbn-train norm=local", "norm: local, none, sync", "optim: adamw, sgd", "lr:"):
+    for text in (
+        "syncbn-train norm=local",
+        "norm: local, none, penalty",
+        "optim: adamw, sgd",
+        "lr:",
+    ):
         assert text in result.stdout
     assert list(tmp_path.iterdir()) == []
 
