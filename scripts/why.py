@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +237,8 @@ def _draw_digits(data: Data) -> Figure:
     left.set_xlim(-0.5, len(found) - 0.5)
     left.set_ylabel("test accuracy / %, ± 2 standard errors")
     for (name, by_size), colour in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
-        points = {int(size): mean_and_error(values) for size, values in by_size.items()}
-        right.errorbar(
-            list(points),
-            [100 * mean for mean, _ in points.values()],
-            [200 * error for _, error in points.values()],
-            color=colour, marker="o", capsize=3, label=f"statistics of the batch, {name}",
-        )  # fmt: skip
+        style = {"color": colour, "label": f"statistics of the batch, {name}"}
+        _intervals(right, [int(size) for size in by_size], list(by_size.values()), 2, style)
     running, _ = mean_and_error(data["running"])
     right.axhline(100 * running, color=GREEN, linestyle="--", label="running averages, any batch")
     right.set_xscale("log", base=2)
@@ -270,13 +265,9 @@ def _draw_synchronising(data: Data) -> Figure:
                 found = [
                     r for r in rows if (r["ranks"], r["shares"], r["norm"]) == (ranks, share, norm)
                 ]
-                means = [mean_and_error(row["accuracies"]) for row in found]
-                panel.errorbar(
-                    [row["batch"] * shift for row in found],
-                    [100 * mean for mean, _ in means],
-                    [100 * T_95 * error for _, error in means],
-                    color=colour, marker="o", capsize=3, label=f"norm={norm}",
-                )  # fmt: skip
+                style = {"color": colour, "label": f"norm={norm}"}
+                places = [row["batch"] * shift for row in found]
+                _intervals(panel, places, [row["accuracies"] for row in found], T_95, style)
             for size in BATCHES:
                 local, sync = (
                     next(
@@ -314,13 +305,10 @@ def _draw_before(data: Data) -> Figure:
     left, right = list(figure.subplots(1, 2, width_ratios=[3, 2]))
     models = list(dict.fromkeys(row["model"] for row in data["rows"]))
     for offset, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=True)):
-        found = [mean_and_error(r["accuracies"]) for r in data["rows"] if r["model"] == model]
-        left.errorbar(
-            [place + 0.15 * (offset - 1) for place in range(len(KINDS))],
-            [100 * mean for mean, _ in found],
-            [100 * T_95 * error for _, error in found],
-            color=colour, marker="o", linestyle="none", capsize=3, label=model,
-        )  # fmt: skip
+        found = [row["accuracies"] for row in data["rows"] if row["model"] == model]
+        places = [place + 0.15 * (offset - 1) for place in range(len(KINDS))]
+        style = {"color": colour, "label": model, "linestyle": "none"}
+        _intervals(left, places, found, T_95, style)
         (undone,) = [r["steps"] for r in data["rows"] if r["model"] == model and "steps" in r]
         steps = [line["step"] for line in undone]
         sizes = [line["undone_log_scale"] for line in undone]
@@ -387,6 +375,20 @@ def _draw_whitening(data: Data) -> Figure:
         fontsize=11,
     )
     return figure
+
+
+def _intervals(
+    panel: Axes,
+    places: Sequence[float],
+    samples: Sequence[Sequence[float]],
+    errors: float,
+    style: Mapping[str, Any],
+) -> None:
+    """Draw means of accuracies as percentages, give or take so many standard errors."""
+    found = [mean_and_error(values) for values in samples]
+    means = [100 * mean for mean, _ in found]
+    ends = [100 * errors * error for _, error in found]
+    panel.errorbar(places, means, ends, marker="o", capsize=3, **style)
 
 
 def _clear(panel: Axes) -> None:
