@@ -28,13 +28,13 @@ class ChainStep:
         orders: the term of each order from 0 to l; they sum to ŷ(w − εg).
         predicted: the change by first order, −ε·gᵀg.
         actual: ŷ(w − εg) − ŷ(w).
-        left_by_newton: the terms of orders three and up, which a prediction of second order misses.
+        beyond_second: the terms of orders three and up, which a model of second order misses.
     """
 
     orders: Tensor
     predicted: float
     actual: float
-    left_by_newton: float
+    beyond_second: float
 
 
 def chain_gradient(weights: Tensor, x: float = 1.0) -> Tensor:
@@ -73,6 +73,21 @@ def second_order_term(weights: Tensor, epsilon: float, x: float = 1.0) -> float:
     """Return the chapter's example of a term of second order: ε²·g₁·g₂·x·∏_{i≥3} wᵢ."""
     gradient = chain_gradient(weights, x)
     return epsilon**2 * float(gradient[0] * gradient[1] * x * weights[2:].prod())
+
+
+def newton_step(weights: Tensor, x: float = 1.0) -> tuple[float, float]:
+    """Return the change of ŷ = x·∏wᵢ by Newton's step: what its model predicts, and the actual one.
+
+    The step is −H⁻¹g. With Hᵢⱼ = ŷ/(wᵢwⱼ) for i ≠ j and 0 else, it is −wᵢ/(l − 1): all weights
+    shrink by 1/(l − 1), to where the model of second order is stationary. The model says
+    −½·gᵀH⁻¹g = −ŷ·l/(2(l − 1)); what happens is ŷ·((1 − 1/(l − 1))^l − 1), by all orders.
+
+    Args:
+        weights: shape (l,) with l of 2 or more, float64, none of them 0.
+        x: the input.
+    """
+    layers, output = len(weights), x * float(weights.prod())
+    return -output * layers / (2 * (layers - 1)), output * ((1 - 1 / (layers - 1)) ** layers - 1)
 
 
 def cost_of_order(layers: int, order: int) -> int:
@@ -273,15 +288,12 @@ def accuracy_by_batch(data: Digits, model: nn.Module, size: int, order: Tensor) 
     Args:
         data: the digits.
         model: in training mode; a copy whose running statistics may move.
-        size: samples in a batch; a smaller rest is left out.
+        size: samples in a batch; a divisor of how many there are, so that every sample counts.
         order: of the test samples.
     """
-    right = seen = 0
-    for batch in order.split(size):
-        if len(batch) == size:
-            right += int((model(data.test_x[batch]).argmax(1) == data.test_labels[batch]).sum())
-            seen += size
-    return right / seen
+    batches = order.reshape(-1, size)
+    right = [model(data.test_x[batch]).argmax(1) == data.test_labels[batch] for batch in batches]
+    return torch.cat(right).double().mean().item()
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from chapter import mean_and_error
 from torch.multiprocessing.spawn import spawn
 
 from syncbn.train.config import compose_config
@@ -22,6 +23,7 @@ from syncbn.train.sweep import job_name
 
 Data = dict[str, Any]
 RUNS = 4  # of each job, with other seeds
+T_95 = 3.182  # Student's t for 95 % and as many runs
 BATCHES = [2, 4, 8, 16]
 NORMS = ("local", "sync")
 KINDS = ["none", "penalty", "renormalize", "local", "sync", "whitening"]
@@ -87,7 +89,14 @@ def synchronising(directory: Path) -> Data:
         for number, (share, size, norm) in enumerate(keys):
             row: Data = {"ranks": world_size, "shares": share, "batch": size, "norm": norm}
             rows.append(row | {"accuracies": ends[number * RUNS :][:RUNS]})
-    return {"rows": rows}
+    found = {(r["shares"], r["ranks"], r["batch"], r["norm"]): r["accuracies"] for r in rows}
+    gains: list[Data] = []
+    for share, world_size, size in itertools.product(("mixed", "by_class"), (2, 4), BATCHES):
+        local, sync = (found[share, world_size, size, norm] for norm in NORMS)
+        gain, error = mean_and_error([b - a for a, b in zip(local, sync, strict=True)])
+        row = {"shares": share, "ranks": world_size, "batch": size}
+        gains.append(row | {"gain": gain, "95 %": T_95 * error})
+    return {"rows": rows, "gains of sync over local": gains}
 
 
 def before(directory: Path) -> Data:

@@ -1,6 +1,7 @@
 """Computes and draws what docs/why.md shows: data and pictures of the claims of the chapter."""
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -8,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -19,13 +21,14 @@ from chapter import (
     digits,
     gradient_at_zero_variance,
     mean_and_error,
+    newton_step,
     perceptron,
     second_order_term,
     steps_to_move_the_mean,
     train_chain,
     train_on,
 )
-from experiments import BATCHES, KINDS, NORMS, before, synchronising
+from experiments import BATCHES, KINDS, NORMS, T_95, before, synchronising
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plots import BLUE, GREEN, GREY, ORANGE
@@ -39,7 +42,8 @@ SCALES = [0.5, 0.9, 1.0, 1.1, 1.2]
 EPSILON = 1e-2
 RATES = [10 ** (exponent / 4) for exponent in range(-12, 5)]
 SEEDS = range(5)
-T_95 = 3.182  # Student's t for 95 % and four runs
+SEEDS_ON_DIGITS = range(30)
+TEST_BATCHES = [2, 4, 8, 15, 30, 60, 120]  # divisors of 360 test images
 
 
 def main() -> None:
@@ -51,19 +55,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--write", action="store_true", help="copy the pictures to docs/images")
     arguments = parser.parse_args()
-    try:
-        arguments.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        sys.exit(f"why.py: cannot make {arguments.directory}: {error.strerror}")
+    places = [arguments.directory, *([IMAGES] if arguments.write else [])]
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=place).close()
+        except OSError as error:
+            sys.exit(f"why.py: cannot write to {place}: {error.strerror}; name another directory")
     torch.set_num_threads(1)  # the layers are too small to share
     for name in arguments.only:
         started = time.monotonic()
         print(f"{name} …", end=" ", flush=True)
         compute, draw = SECTIONS[name]
         data = compute(arguments.directory)
-        picture = draw(data)
         (arguments.directory / f"{name}.json").write_text(json.dumps(data, indent=1))
-        for place in [arguments.directory, *([IMAGES] if arguments.write else [])]:
+        picture = draw(data)
+        for place in places:
             picture.savefig(place / f"why-{name}.png", dpi=120, facecolor="white")
         print(f"{time.monotonic() - started:.0f} s", flush=True)
     print(f"data and pictures are in {arguments.directory}")
@@ -84,7 +91,8 @@ def _chain(directory: Path) -> Data:
                     "predicted": step.predicted,
                     "actual": step.actual,
                     "one second-order term": second_order_term(weights, EPSILON),
-                    "left by Newton": step.left_by_newton,
+                    "orders 3 and up": step.beyond_second,
+                    "Newton's step, by its model and in fact": newton_step(weights),
                 }
             )
     costs = {order: cost_of_order(50, order) for order in (1, 2, 3, 5, 10, 25)}
@@ -134,18 +142,22 @@ def _draw_rates(data: Data) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     panel = figure.subplots()
     good: dict[bool, list[float]] = {}
-    for normalised, colour, label in ((True, BLUE, "with BN"), (False, ORANGE, "without")):
+    for normalised, colour, label, shift in (
+        (True, BLUE, "with BN", 0.96),
+        (False, ORANGE, "without", 1.04),
+    ):
         rows = [row for row in data["rows"] if row["normalised"] == normalised]
         for row in rows:
             losses = [min(max(loss, 1e-12), 1e3) for loss in row["losses"]]
-            panel.plot([row["lr"]] * len(losses), losses, "o", color=colour, alpha=0.4)
+            # Beside each other, so that neither hides the other where both diverge.
+            panel.plot([row["lr"] * shift] * len(losses), losses, "o", color=colour, alpha=0.4)
         middle = [sorted(min(max(x, 1e-12), 1e3) for x in row["losses"])[2] for row in rows]
-        panel.plot([row["lr"] for row in rows], middle, color=colour, label=label)
+        panel.plot([row["lr"] * shift for row in rows], middle, color=colour, label=label)
         good[normalised] = [
             row["lr"] for row, loss in zip(rows, middle, strict=True) if loss < 1e-2
         ]
     panel.set(xscale="log", yscale="log", xlabel="learning rate")
-    panel.set_ylabel("loss after 300 steps\n(1000: diverged; points: 5 seeds)")
+    panel.set_ylabel("loss after 300 steps\n(1000: diverged; points: 5 seeds, line: median)")
     panel.legend(frameon=False)
     _clear(panel)
     figure.suptitle(
@@ -198,33 +210,31 @@ def _draw_delta(data: Data) -> Figure:
 def _digits(directory: Path) -> Data:
     """Return accuracies of the places of BN, and of statistics of the batch at test time."""
     data = digits()
-    places: Data = {}
-    for place in ("before", "after", "none"):
-        found: list[float] = []
-        for seed in SEEDS:
-            torch.manual_seed(seed)
-            model = perceptron(place)
-            train_on(data, model, seed, 0.1, 4)
-            found.append(accuracy(data, model))
-        places[place] = found
-    sizes: Data = {}
-    running: list[float] = []
-    for seed in SEEDS:
+    places: dict[str, list[float]] = {"before": [], "after": [], "none": []}
+    sizes: Data = {"mixed": {}, "by class": {}}
+    by_class = data.test_labels.argsort(stable=True)
+    for place, seed in itertools.product(places, SEEDS_ON_DIGITS):
         torch.manual_seed(seed)
-        model = perceptron("before")
+        model = perceptron(place)
         train_on(data, model, seed, 0.1, 4)
-        running.append(accuracy(data, model))
-        mixed = torch.randperm(len(data.test_x), generator=torch.Generator().manual_seed(seed))
-        by_class = data.test_labels.argsort()
-        for name, order in (("mixed", mixed), ("by class", by_class)):
-            for size in (2, 4, 8, 16, 32, 64, 128):
-                value = accuracy_by_batch(data, model, size, order)
-                sizes.setdefault(name, {}).setdefault(str(size), []).append(value)
+        places[place].append(accuracy(data, model))
+        if place == "before":
+            mixed = torch.randperm(len(by_class), generator=torch.Generator().manual_seed(seed))
+            for found, order in zip(sizes.values(), (mixed, by_class), strict=True):
+                for size in TEST_BATCHES:
+                    value = accuracy_by_batch(data, model, size, order)
+                    found.setdefault(str(size), []).append(value)
+    gain = [a - b for a, b in zip(places["before"], places["after"], strict=True)]
     moves = {
         str(normalise): [steps_to_move_the_mean(normalise, 0.5, seed) for seed in range(10)]
         for normalise in (True, False)
     }
-    return {"places": places, "running": running, "batch": sizes, "steps to a mean": moves}
+    return {
+        "places": places,
+        "before less after, mean and standard error": mean_and_error(gain),
+        "batch": sizes,
+        "steps to a mean": moves,
+    }
 
 
 def _draw_digits(data: Data) -> Figure:
@@ -239,10 +249,10 @@ def _draw_digits(data: Data) -> Figure:
     for (name, by_size), colour in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
         style = {"color": colour, "label": f"statistics of the batch, {name}"}
         _intervals(right, [int(size) for size in by_size], list(by_size.values()), 2, style)
-    running, _ = mean_and_error(data["running"])
+    running, _ = found["before"]
     right.axhline(100 * running, color=GREEN, linestyle="--", label="running averages, any batch")
-    right.set_xscale("log", base=2)
-    right.set(xlabel="samples in a test batch", ylabel="test accuracy / %")
+    _sizes(right, TEST_BATCHES)
+    right.set(xlabel="samples in a test batch", ylabel="test accuracy / %, ± 2 standard errors")
     right.legend(frameon=False, fontsize=8)
     for panel in (left, right):
         _clear(panel)
@@ -258,44 +268,29 @@ def _draw_synchronising(data: Data) -> Figure:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     panels: list[list[Axes]] = figure.subplots(2, 2, sharex=True, sharey="row").tolist()
     rows = data["rows"]
-    gains: dict[tuple[str, int, int], tuple[float, float]] = {}
     for line, share in zip(panels, ("mixed", "by_class"), strict=True):
         for panel, ranks in zip(line, (2, 4), strict=True):
-            for norm, colour, shift in (("local", ORANGE, 0.97), ("sync", BLUE, 1.03)):
+            for norm, colour, shift in zip(NORMS, (ORANGE, BLUE), (0.97, 1.03), strict=True):
                 found = [
                     r for r in rows if (r["ranks"], r["shares"], r["norm"]) == (ranks, share, norm)
                 ]
                 style = {"color": colour, "label": f"norm={norm}"}
                 places = [row["batch"] * shift for row in found]
                 _intervals(panel, places, [row["accuracies"] for row in found], T_95, style)
-            for size in BATCHES:
-                local, sync = (
-                    next(
-                        r["accuracies"]
-                        for r in rows
-                        if (r["ranks"], r["shares"], r["batch"], r["norm"])
-                        == (ranks, share, size, norm)
-                    )
-                    for norm in NORMS
-                )
-                pairs = [b - a for a, b in zip(local, sync, strict=True)]
-                gains[share, ranks, size] = mean_and_error(pairs)
-            panel.set_xscale("log", base=2)
+            _sizes(panel, BATCHES)
             panel.set_title(f"{ranks} ranks, data.shares={share}", fontsize=10)
             _clear(panel)
         line[0].set_ylabel("test accuracy / %\n(95 % intervals)")
     for panel in panels[1]:
         panel.set_xlabel("batch of a rank")
     panels[0][0].legend(frameon=False)
-    best = max(gains, key=lambda key: gains[key][0])
-    real = sum(abs(mean) > T_95 * error for mean, error in gains.values())
-    data["gains of sync over local"] = [
-        {"shares": s, "ranks": w, "batch": n, "gain": mean, "95 %": T_95 * error}
-        for (s, w, n), (mean, error) in gains.items()
-    ]
+    gains = data["gains of sync over local"]
+    best = max(gains, key=lambda row: row["gain"])
+    real = sum(abs(row["gain"]) > row["95 %"] for row in gains)
     figure.suptitle(
-        f"Synchronising gains up to {100 * gains[best][0]:.1f} points ({best[1]} ranks, batches of "
-        f"{best[2]}, {best[0]}); {real} of {len(gains)} differences are beyond chance"
+        f"Synchronising gains up to {100 * best['gain']:.1f} points ({best['ranks']} ranks, "
+        f"batches of {best['batch']}, {best['shares']}); {real} of {len(gains)} differences are "
+        "beyond chance"
     )
     return figure
 
@@ -358,13 +353,11 @@ def _draw_whitening(data: Data) -> Figure:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     panel = figure.subplots()
     rows = data["milliseconds"]
-    for name, colour in zip(
-        rows[0].keys() - {"channels"}, (BLUE, ORANGE, GREEN, GREY), strict=True
-    ):
-        panel.plot(
-            [r["channels"] for r in rows], [r[name] for r in rows], "o-", color=colour, label=name
-        )
-    panel.set_xscale("log", base=2)
+    channels = [row["channels"] for row in rows]
+    names = [name for name in rows[0] if name != "channels"]
+    for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY), strict=True):
+        panel.plot(channels, [row[name] for row in rows], "o-", color=colour, label=name)
+    _sizes(panel, channels)
     panel.set(yscale="log", xlabel="channels C", ylabel="forward and backward / ms")
     panel.legend(frameon=False)
     _clear(panel)
@@ -389,6 +382,13 @@ def _intervals(
     means = [100 * mean for mean, _ in found]
     ends = [100 * errors * error for _, error in found]
     panel.errorbar(places, means, ends, marker="o", capsize=3, **style)
+
+
+def _sizes(panel: Axes, sizes: Sequence[int]) -> None:
+    """Give the panel a logarithmic axis with a tick at each size."""
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sizes, [str(size) for size in sizes])
+    panel.minorticks_off()
 
 
 def _clear(panel: Axes) -> None:

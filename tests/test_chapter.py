@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 import syncbn
 from scripts.chapter import (
+    Digits,
     PositionNorm,
+    accuracy_by_batch,
     chain_gradient,
     chain_step,
     cost_of_order,
     gamma_and_beta_of,
     gradient_at_zero_variance,
     gradient_with_delta_outside,
+    newton_step,
     second_order_term,
     steps_to_move_the_mean,
     train_chain,
@@ -94,12 +97,38 @@ def test_first_order_misjudges_the_step_of_a_deep_chain() -> None:
     assert abs(deep.actual / deep.predicted) < 0.05
 
 
-def test_newton_leaves_the_orders_from_three_up() -> None:
+def test_model_of_second_order_misses_the_orders_from_three_up() -> None:
     step = chain_step(torch.full((30,), 1.1).double(), 1e-2)
     error = step.actual - step.predicted - float(step.orders[2])
-    assert error == pytest.approx(step.left_by_newton, rel=1e-9)
-    assert abs(step.left_by_newton) > abs(step.predicted)
+    assert error == pytest.approx(step.beyond_second, rel=1e-9)
+    assert abs(step.beyond_second) > abs(step.predicted)
     assert [cost_of_order(50, order) for order in (1, 2, 3, 10)] == [50, 1225, 19600, 10272278170]
+
+
+@pytest.mark.parametrize("layers", [2, 3, 7])
+def test_newton_step_is_that_of_the_hessian_and_misses_all_from_three_up(layers: int) -> None:
+    weights = _normal(layers, seed=layers)
+
+    def output(w: Tensor) -> Tensor:
+        return 3 * w.prod()
+
+    gradient = torch.func.grad(output)(weights)
+    hessian = torch.autograd.functional.hessian(output, weights)
+    assert isinstance(hessian, Tensor)
+    step = -torch.linalg.solve(hessian, gradient)
+    model, actual = newton_step(weights, 3.0)
+    torch.testing.assert_close(step, -weights / (layers - 1))
+    assert model == pytest.approx(float(gradient @ step + step @ hessian @ step / 2))
+    whole = float(output(weights + step) - output(weights))
+    assert actual == pytest.approx(whole, abs=1e-14)
+    if layers == 2:
+        assert actual == pytest.approx(model)  # nothing is of order three
+
+
+def test_newton_step_of_a_deep_chain_misses_a_quarter_whatever_the_weights() -> None:
+    for scale in (0.5, 1.0, 1.5):
+        model, actual = newton_step(torch.full((50,), scale).double())
+        assert actual / model == pytest.approx(1.261, abs=1e-3)
 
 
 # 2. With batch normalization the chain is easy
@@ -137,29 +166,49 @@ def test_normalised_chain_learns_at_rates_where_the_plain_one_diverges() -> None
 # 3. What the gradient never proposes
 
 
+def _share(sizes: tuple[int, ...], rank: int) -> Tensor:
+    return rank + _normal(sizes[rank], 3, seed=rank)
+
+
+def _upstream(sizes: tuple[int, ...], rank: int) -> Tensor:
+    return _normal(sizes[rank], 3, seed=10 + rank)
+
+
 def _components(sizes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rank = dist.get_rank()
-    x = (rank + _normal(sizes[rank], 3, seed=rank)).requires_grad_()
+    x = _share(sizes, dist.get_rank()).requires_grad_()
     y, moments = syncbn.sync_batch_norm(x, eps=eps)
-    y.backward(_normal(sizes[rank], 3, seed=10 + rank))
+    y.backward(_upstream(sizes, dist.get_rank()))
     assert x.grad is not None
     normal = (x.detach() - moments.mean) * moments.variance().rsqrt()
     along_normal = (x.grad * normal).sum(0)
     return x.grad.sum(0), along_normal, x.grad.abs().sum(0)
 
 
+def _summed(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    mean, deviation, size = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    return mean, deviation, size
+
+
 @pytest.mark.parametrize("sizes", [(9,), (4, 6), (1, 0, 7)])
 def test_gradient_has_no_part_that_only_moves_mean_or_deviation(sizes: tuple[int, ...]) -> None:
     parts = run_world(len(sizes), _components, sizes, 1e-14)
-    mean, deviation, size = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    mean, deviation, size = _summed(parts)
     assert (mean.abs() < 1e-13 * size).all()
-    assert (deviation.abs() < 1e-12 * size).all()
-    # With a δ that matters, the part along x̂ is not 0, but small by δ/(σ² + δ).
-    parts = run_world(len(sizes), _components, sizes, 1e-3)
-    mean, deviation, size = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+    assert (deviation.abs() < 1e-13 * size).all()
+
+
+@pytest.mark.parametrize("sizes", [(9,), (4, 6), (1, 0, 7)])
+def test_part_along_the_deviation_is_small_by_delta(sizes: tuple[int, ...]) -> None:
+    eps = 1e-3
+    x = torch.cat([_share(sizes, rank) for rank in range(len(sizes))])
+    dy = torch.cat([_upstream(sizes, rank) for rank in range(len(sizes))])
+    variance = x.var(0, correction=0)
+    normal = (x - x.mean(0)) / variance.sqrt()
+    # Were σ a constant, dx along x̂ would be Σ dy·x̂/√(σ² + δ).
+    of_constant = (dy * normal).sum(0) / (variance + eps).sqrt()
+    mean, deviation, size = _summed(run_world(len(sizes), _components, sizes, eps))
     assert (mean.abs() < 1e-13 * size).all()
-    assert (deviation.abs() > 1e-7 * size).any()
-    assert (deviation.abs() < 1e-1 * size).all()
+    assert ((deviation - eps / (variance + eps) * of_constant).abs() < 1e-13 * size).all()
 
 
 # 4. δ inside the root
@@ -171,7 +220,8 @@ def test_gradient_is_finite_at_zero_variance(dtype: torch.dtype) -> None:
     unit = torch.finfo(dtype).eps
     expected = torch.tensor([[1e4], [-1e4], [1e4], [-1e4]])
     torch.testing.assert_close(gradient.float(), expected, rtol=2 * unit, atol=0)
-    assert not gradient_with_delta_outside(1e-8, dtype).isfinite().all()
+    for delta in (1e-8, 1.0):  # whatever it is: the root's own derivative is infinite
+        assert gradient_with_delta_outside(delta, dtype).isnan().any()
 
 
 def test_half_precision_supports_no_smaller_delta_than_its_largest_number() -> None:
@@ -191,7 +241,7 @@ def test_reparametrised_layer_represents_the_same_functions() -> None:
     x, weight, bias = _normal(20, 5), _normal(4, 5, seed=1), _normal(4, seed=2)
     gamma, beta = gamma_and_beta_of(weight, bias, x)
     normalised = syncbn.sync_batch_norm(x @ weight.T, gamma, beta, eps=1e-30)[0]
-    torch.testing.assert_close(normalised, x @ weight.T + bias)
+    torch.testing.assert_close(normalised, x @ weight.T + bias, rtol=0, atol=1e-14)
 
 
 def test_mean_of_the_output_is_beta_whatever_happens_below() -> None:
@@ -199,7 +249,7 @@ def test_mean_of_the_output_is_beta_whatever_happens_below() -> None:
     for seed in range(5):
         hidden = 10 * _normal(20, 5, seed=seed) @ _normal(5, 4, seed=seed) + seed
         y = syncbn.sync_batch_norm(hidden, _normal(4, seed=seed), beta)[0]
-        torch.testing.assert_close(y.mean(0), beta)
+        torch.testing.assert_close(y.mean(0), beta, rtol=0, atol=1e-14)
 
 
 def test_beta_moves_the_mean_in_as_many_steps_whatever_is_below() -> None:
@@ -216,7 +266,7 @@ def test_bias_before_batch_normalization_does_nothing() -> None:
     x, weight = _normal(20, 5), _normal(5, 4)
     bias = _normal(4).requires_grad_()
     y = syncbn.sync_batch_norm(x @ weight + bias)[0]
-    torch.testing.assert_close(y, syncbn.sync_batch_norm(x @ weight)[0])
+    torch.testing.assert_close(y, syncbn.sync_batch_norm(x @ weight)[0], rtol=0, atol=1e-14)
     y.backward(dy := _normal(20, 4, seed=1))
     assert bias.grad is not None
     assert (bias.grad.abs() < 1e-14 * dy.abs().sum(0) * 10).all()
@@ -248,6 +298,18 @@ def test_single_sample_needs_running_statistics() -> None:
         layer(torch.randn(1, 4))
     layer(torch.randn(16, 4))
     assert layer.eval()(torch.randn(1, 4)).isfinite().all()
+
+
+def test_accuracy_by_batch_is_that_of_all_samples_in_their_company() -> None:
+    x = torch.tensor([[2.0, 1], [3, 0], [0, 3], [1, 2]])
+    data = Digits(x, torch.zeros(4), x, torch.tensor([0, 0, 1, 1]))
+    model = syncbn.SyncBatchNorm(2)
+    assert accuracy_by_batch(data, model, 4, torch.arange(4)) == 1
+    assert accuracy_by_batch(data, model, 2, torch.tensor([0, 2, 1, 3])) == 1
+    # Within a class, x̂ is (−1, 1) and (1, −1).
+    assert accuracy_by_batch(data, model, 2, torch.arange(4)) == 0.5
+    with pytest.raises(RuntimeError, match="invalid for input of size 4"):
+        accuracy_by_batch(data, model, 3, torch.arange(4))
 
 
 def test_statistics_of_two_samples_leave_only_their_order() -> None:
