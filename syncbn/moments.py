@@ -117,7 +117,7 @@ def from_summable(vector: Tensor, shift: Tensor | None = None) -> Moments:
 
 
 def add_fingerprint(vector: Tensor, shift: Tensor | None, rank: int, world_size: int) -> Tensor:
-    """Return a vector of `to_summable` whose sum shows whether all ranks used the same shift.
+    """Return a vector, its count first, whose sum shows whether all ranks used the same shift.
 
     Adds aᵣ·h·2⁴⁰ to the count, with h a hash of the shift's bits and Σaᵣ = 0: (W − 1) for rank 0,
     −1 for the others. Equal shifts cancel exactly, in any order of summation; others leave a sum
@@ -127,7 +127,7 @@ def add_fingerprint(vector: Tensor, shift: Tensor | None, rank: int, world_size:
     result of an earlier sum, hence the same on every rank.
 
     Args:
-        vector: shape (2C + 1,), float64, made with the shift.
+        vector: such as of `to_summable`: the count and sums, float64, made with the shift.
         shift: K, shape (C,), float64; None for 0.
         rank: this replica's number in its group.
         world_size: W.

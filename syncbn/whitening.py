@@ -15,7 +15,7 @@ from syncbn.collectives import SingleReplica
 from syncbn.differentiable import differentiable_sum
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
-from syncbn.moments import COUNT_LIMIT
+from syncbn.moments import COUNT_LIMIT, add_fingerprint, checked_count
 from syncbn.reduction import Call, refuse, require_same_call, require_two_values
 from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
 
@@ -36,7 +36,8 @@ class SyncWhitening(Synchronised):
     samples knows S badly, and of fewer than D not at all: without shrinkage, whitening would then
     put all samples at the same distance from each other. By default ρ is what is best for n normal
     samples, (1 − 2/D)·tr S² + (tr S)² over (n + 1 − 2/D)·(tr S² − (tr S)²/D), and at most 1; it
-    vanishes as n grows.
+    vanishes as n grows. Where eps is less than the rounding error of S, as for values of 10⁶ that
+    are all alike, that error stands in for it.
 
     Communicates: in training, one all-reduce of 1 + C + C·(D + 1)/2 float64 forward, D being the
     channels of a group, and one as large backward; none in evaluation nor in a world of one. Every
@@ -44,8 +45,9 @@ class SyncWhitening(Synchronised):
     communicates again, and tracks nothing.
 
     Error: everything is computed in float64. Relative to the largest element of the output, it is
-    that of rounding y to its dtype, plus some 10⁻¹⁵·κ where κ is the condition number of Σ; where
-    |μ|/σ of a channel is above 10⁴, plus 2⁻⁵²·(μ/σ)²·κ. With "newton", Σ^(−1/2) is what so many
+    that of rounding y to its dtype, plus some 10⁻¹⁵·κ where κ is the condition number of Σ. Sums
+    are about the running mean, or 0 without one; in a world of several replicas, at a distance d
+    from it, that costs another 2⁻⁵²·(d/σ)²·κ. With "newton", Σ^(−1/2) is what so many
     iterations reach: along an eigenvalue λ far below tr Σ·(4/9)^T, the output's variance is
     λ/tr Σ·(9/4)^T instead of 1. The gradient is exactly that of what is computed, and can be
     differentiated in turn. Memory: three float64 copies of the input are kept for backward.
@@ -183,7 +185,11 @@ class SyncWhitening(Synchronised):
 
     def _train(self, input: Tensor, call: Call) -> Tensor:
         values = self._grouped(input).double()
-        statistics = self._statistics(values, call)
+        # About the replica's own mean, nothing cancels within its share; as a constant, for the
+        # result does not depend on what values are summed about.
+        local = (values.sum(2) / max(values.shape[2], 1)).detach().flatten()
+        values = values - local.reshape(-1, self.group_size, 1)
+        statistics = self._statistics(values, local, self._shift(local, call), call)
         regular = self._regularised(statistics)
         # Of what is not finite there are no eigenvalues, and the output is not finite either.
         finite = regular.isfinite().all()
@@ -192,7 +198,16 @@ class SyncWhitening(Synchronised):
         matrix = torch.where(finite, root, torch.nan)
         if self.training and self.track_running_stats:
             self._track(statistics, matrix)
-        return self._apply_to(values, statistics.mean, matrix, input)
+        return self._apply_to(values, statistics.mean - local, matrix, input)
+
+    def _shift(self, local: Tensor, call: Call) -> Tensor:
+        """Return what all replicas' values are summed about: shape (C,), float64, on all alike."""
+        if call.reducer.world_size == 1:
+            return local
+        if self.running_mean is None:
+            return torch.zeros_like(local)
+        known = self.running_mean.double()
+        return torch.where(known.isfinite(), known, 0.0)
 
     def _grouped(self, input: Tensor) -> Tensor:
         """Return the input with its channels in groups: shape (C/D, D, n)."""
@@ -204,29 +219,51 @@ class SyncWhitening(Synchronised):
         """Return how many numbers the replicas add up."""
         return 1 + self.num_features + self.num_features * (self.group_size + 1) // 2
 
-    def _statistics(self, values: Tensor, call: Call) -> "_Statistics":
-        """Return the statistics of all replicas' values together, as a function of them."""
-        size = self.group_size
+    def _statistics(
+        self, values: Tensor, local: Tensor, shift: Tensor, call: Call
+    ) -> "_Statistics":
+        """Return the statistics of all replicas' values together, as a function of them.
+
+        Args:
+            values: this replica's, less `local`: shape (C/D, D, n).
+            local: shape (C,).
+            shift: what the sums over replicas are about, shape (C,), on all alike.
+            call: who takes part.
+        """
+        size, reducer = self.group_size, call.reducer
         rows, columns = torch.triu_indices(size, size, device=values.device)
-        products = (values @ values.mT)[:, rows, columns]
-        local = values.new_full((1,), values.shape[2])
-        vector = torch.cat([local, values.sum(2).flatten(), products.flatten()])
+        number = values.new_full((1,), values.shape[2])
+        first = values.sum(2, keepdim=True)
+        offset = (local - shift).reshape(-1, size, 1)
+        mixed = first @ offset.mT
+        products = values @ values.mT + mixed + mixed.mT + number * (offset @ offset.mT)
+        sums = (first + number * offset).flatten(), products[:, rows, columns].flatten()
+        vector = add_fingerprint(
+            torch.cat([number, *sums]), shift, reducer.rank, reducer.world_size
+        )
         total = differentiable_sum(vector, call, "forward")
+        if reducer.world_size > 1:
+            if torch.compiler.is_compiling() or total.device.type != "cpu":
+                total = checked_count(total)
+            elif not 0 <= total[0].item() < COUNT_LIMIT:
+                require_same_call(call)
+                # All is well, and yet the shifts differ: one replica reloaded its layer, say.
+                return self._statistics(values, local, torch.zeros_like(shift), call)
         count = total[0].detach()
-        together = call.reducer.world_size > 1 and not torch.compiler.is_compiling()
-        if together and not 0 <= count.item() < COUNT_LIMIT:
-            require_same_call(call)
         require_two_values(count, values.shape[2], call)
         means = total[1:] / count.clamp(min=1)
-        mean = means[: self.num_features]
+        distance = means[: self.num_features]
         # Where each element of the matrix stands in its upper triangle.
         places = torch.empty(size, size, dtype=torch.long, device=values.device)
         places[rows, columns] = places[columns, rows] = torch.arange(
             len(rows), device=values.device
         )
         second = means[self.num_features :].reshape(-1, len(rows))[:, places]
-        centre = mean.reshape(-1, size, 1)
-        return _Statistics(count, mean, second - centre @ centre.mT)
+        centre = distance.reshape(-1, size, 1)
+        sizes = second.detach().diagonal(dim1=1, dim2=2).sum(1).reshape(-1, 1, 1)
+        rounding = (reducer.world_size + 3) * 2.0**-52 * sizes
+        mean = torch.where(count > 0, shift + distance, distance)
+        return _Statistics(count, mean, second - centre @ centre.mT, rounding)
 
     def _regularised(self, statistics: "_Statistics") -> Tensor:
         covariance, size = statistics.covariance, self.group_size
@@ -243,7 +280,8 @@ class SyncWhitening(Synchronised):
             share = self.shrinkage
         identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
         target = (trace / size).reshape(-1, 1, 1) * identity
-        return covariance + share * (target - covariance) + self.eps * identity
+        least = statistics.rounding.clamp(min=self.eps)
+        return covariance + share * (target - covariance) + least * identity
 
     def _iterate(self, matrix: Tensor) -> Tensor:
         """Return the inverse square root of symmetric matrices by iterations of Newton and Schulz.
@@ -293,11 +331,15 @@ class SyncWhitening(Synchronised):
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Of the whole batch, in float64: count, 0-d; means, (C,); covariances, (C/D, D, D)."""
+    """Of the whole batch, in float64: count, 0-d; means, (C,); covariances, (C/D, D, D).
+
+    And how far rounding may have moved a covariance's eigenvalues: (C/D, 1, 1).
+    """
 
     count: Tensor
     mean: Tensor
     covariance: Tensor
+    rounding: Tensor
 
 
 def inverse_root(matrix: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class StatisticsPenalty:
     Communicates: for each layer, one all-reduce of 2C + 1 float64 forward and one of 2C backward;
     none in a world of one, nor outside `watch`. Every replica must watch the same forwards.
 
-    Error: of σ², as for `sync_batch_norm`; P is float64.
+    Error: of σ², 2⁻⁵²·(μ² + σ²); P is float64.
 
     Args:
         units: modules whose outputs, (N, C, *), are the activations of C units each, by name.

@@ -323,6 +323,118 @@ def test_what_is_not_finite_stays_so_and_raises_nothing() -> None:
     assert not SyncWhitening(6, 3)(x).isfinite().any()
 
 
+def _alike(method: Any, scale: float) -> list[Tensor]:
+    """Return y and dx for values that are all alike, and for channels that are, up to a factor."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    line = scale * torch.randn(7, 1, generator=generator) * torch.linspace(1, 2, 6)
+    found: list[Tensor] = []
+    for x in (torch.full((7, 6), scale), line):
+        layer = SyncWhitening(6, 6, method, shrinkage=0.0, dtype=torch.float64)
+        y = layer(x.double().requires_grad_())
+        (y * torch.arange(6)).sum().backward()
+        found.append(y.detach())
+        found.extend(p.grad for p in layer.parameters() if p.grad is not None)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("method", ["zca", "newton"])
+@pytest.mark.parametrize("scale", [1e6 + 0.3, 1e9])
+def test_covariance_of_rounding_errors_alone_has_a_root(
+    world_size: int, method: str, scale: float
+) -> None:
+    for found in run_world(world_size, _alike, method, scale):
+        assert all(each.isfinite().all() for each in found)
+        assert found[0].abs().max() < 1  # no difference is made of none
+        assert found[3].abs().max() < 10
+
+
+FAR = 1e6
+
+
+def _far_away(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    case = Case(((9, 6), (12, 6)), options)
+    layer = _layer({"momentum": 1.0, **options}, torch.float64)
+    found: list[Tensor] = []
+    for step in range(2):
+        x, dy = case.share(dist.get_rank(), 0)
+        x = (x + FAR + step).requires_grad_()
+        layer(x).backward(dy)
+        assert x.grad is not None
+        found.append(x.grad)
+    return found[0], found[1]
+
+
+def test_sums_about_the_running_mean_do_not_cancel_far_from_zero() -> None:
+    case = Case(((9, 6), (12, 6)))
+    shares = [case.share(rank, 0) for rank in range(2)]
+    # Rounded to where the layer sees them, and back.
+    x, dy = (torch.cat(each) for each in zip(*shares, strict=True))
+    x = ((x + FAR) - FAR).requires_grad_()
+    _layer({}, torch.float64)(x).backward(dy)
+    assert x.grad is not None
+    parts = run_world(2, _far_away, {})
+    cold, warm = (torch.cat(each) for each in zip(*parts, strict=True))
+    size = x.grad.abs().max()
+    assert (cold - x.grad).abs().max() > 1e-6 * size
+    assert (warm - x.grad).abs().max() < 1e-8 * size
+
+
+def _one_reloaded() -> list[Tensor]:
+    case = Case(((9, 6), (12, 6)))
+    layer = _layer({}, torch.float64)
+    fresh = copy.deepcopy(layer.state_dict())
+    x, dy = case.share(dist.get_rank(), 0)
+    layer(x)
+    if dist.get_rank() == 1:
+        layer.load_state_dict(fresh)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+def test_replicas_with_other_running_means_still_agree() -> None:
+    case = Case(((9, 6), (12, 6)))
+    x, dy = (
+        torch.cat(each) for each in zip(*[case.share(rank, 0) for rank in range(2)], strict=True)
+    )
+    y = _layer({}, torch.float64)(x.requires_grad_())
+    y.backward(dy)
+    ours = [torch.cat(each) for each in zip(*run_world(2, _one_reloaded), strict=True)]
+    torch.testing.assert_close(ours[0], y.detach())
+    torch.testing.assert_close(ours[1], x.grad)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_error_grows_with_the_condition_number_as_documented(
+    condition: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(6, 6, generator=generator).double())[0]
+    scales = torch.logspace(0, -0.5 * torch.tensor(condition).log10().item(), 6).double()
+    x = (torch.randn(500, 6, generator=generator).double() * scales @ directions).to(dtype)
+    layer = SyncWhitening(6, 6, eps=1e-20, shrinkage=0.0, dtype=dtype)
+    centred = x.double() - x.double().mean(0)
+    # From singular values, whose relative error grows with √κ alone.
+    left, _, right = torch.linalg.svd(centred, full_matrices=False)
+    exact = 500**0.5 * left @ right
+    error = (layer(x).detach().double() - exact).abs().max() / exact.abs().max()
+    assert error < 0.5 * torch.finfo(dtype).eps + 1e-15 * condition
+
+
+def test_newton_leaves_small_eigenvalues_as_documented() -> None:
+    scales = torch.tensor([1, 1, 1, 1e-2, 1e-3, 1e-4]).double()
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0)).double()
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T, correction=0))).T
+    layer = SyncWhitening(6, 6, "newton", eps=1e-20, shrinkage=0.0, dtype=torch.float64)
+    variances = layer(x * scales).detach().var(0, correction=0)
+    expected = scales.square() / scales.square().sum() * (9 / 4) ** 5
+    torch.testing.assert_close(variances[3:], expected[3:], rtol=1e-2, atol=0)
+
+
 def test_repetition_by_checkpointing_tracks_nothing() -> None:
     x, dy = Case(((9, 6),)).share(0, 0)
     layers = [_layer({}, torch.float64) for _ in range(2)]
