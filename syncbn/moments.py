@@ -135,9 +135,13 @@ def add_fingerprint(vector: Tensor, shift: Tensor | None, rank: int, world_size:
     bits = 13 - (world_size - 1).bit_length()
     if shift is None or bits <= 0:
         return vector
-    # Any changed bit changes the sum of all bits, modulo 2⁶⁴; the multiplier, 2⁶⁴ divided by the
-    # golden ratio, spreads the change into the leading bits, which are the ones kept.
-    mixed = shift.view(torch.int64).sum() * -7046029254386353131
+    # Any changed bit changes its word, and the sum of words modulo 2⁶⁴; an odd factor for each
+    # channel, and the leading half of a word upon the other, so that neither the order of channels
+    # nor an even number of signs goes unnoticed. The multiplier, 2⁶⁴ divided by the golden ratio,
+    # spreads the change into the leading bits, which are the ones kept.
+    words = shift.view(torch.int64)
+    odd = torch.arange(1, 2 * len(shift), 2, device=shift.device)
+    mixed = ((words ^ (words >> 32)) * odd).sum() * -7046029254386353131
     fingerprint = (mixed >> (64 - bits)) & ((1 << bits) - 1)
     share = (world_size - 1 if rank == 0 else -1) * COUNT_LIMIT
     return torch.cat([vector[:1] + share * fingerprint, vector[1:]])

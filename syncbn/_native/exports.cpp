@@ -140,9 +140,9 @@ double fingerprint(const double* shift, int64_t c, int32_t rank, int32_t world) 
   if (bits <= 0) return 0.0;
   uint64_t mixed = 0;
   for (int64_t i = 0; i < c; ++i) {
-    uint64_t word;
+    int64_t word;
     std::memcpy(&word, shift + i, sizeof word);
-    mixed += word;
+    mixed += static_cast<uint64_t>(word ^ (word >> 32)) * static_cast<uint64_t>(2 * i + 1);
   }
   mixed *= 0x9e3779b97f4a7c15u;  // 2^64 divided by the golden ratio
   const double share = (rank == 0 ? world - 1 : -1) * kCountLimit;

@@ -80,6 +80,18 @@ def test_fingerprints_of_equal_shifts_cancel_and_of_others_do_not(world_size: in
     assert noticed >= trials * (1 - missed) - 4 * math.sqrt(trials * missed)
 
 
+def test_fingerprints_tell_the_order_of_channels_and_an_even_number_of_signs() -> None:
+    shift = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
+    vector = torch.ones(9, dtype=torch.float64)
+    others = ([-1.0, -2, 3, 4], [2.0, 1, 3, 4], [4.0, 3, 2, 1], [-1.0, -2, -3, -4])
+    for other in others:
+        mine, theirs = (
+            add_fingerprint(vector, each, rank, 2)[0]
+            for rank, each in enumerate((shift, torch.tensor(other, dtype=torch.float64)))
+        )
+        assert not 0 <= float(mine + theirs) < COUNT_LIMIT
+
+
 def _shift_of_one_rank_lost() -> None:
     model = _Net()
     model.first(_batch())
