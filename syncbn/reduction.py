@@ -3,8 +3,10 @@
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,36 +157,49 @@ def global_moments(local: Moments, call: Call) -> Moments:
         InputError: all replicas together hold a single value per channel.
         ReplicaError: the replicas did not make the same call, or one is gone.
     """
-    memory, reducer = call.memory, call.reducer
+    return remembered(local, call, partial(_reduced, local, call))
+
+
+def remembered(local: Moments, call: Call, reduce: Callable[[Tensor | None], Moments]) -> Moments:
+    """Return what the call's memory has of a reduction, or make it, and remember it.
+
+    Args:
+        local: this replica's moments, by which a repetition is known.
+        call: whose memory to look in; without one, there is nothing to repeat, and no shift.
+        reduce: called with the shift, None for 0; returns the moments of all replicas together.
+    """
+    memory = call.memory
     compiling = torch.compiler.is_compiling()
-    if memory is not None and not compiling:
+    if memory is None:
+        return reduce(None)
+    if not compiling:
         earlier = memory.recall(local)
         if earlier is not None and isinstance(earlier.result, Moments):
             call.reduction, call.replayed = earlier, True
             return earlier.result
-    moments = local
-    if reducer.world_size > 1:
-        shift = None
-        if memory is not None:
-            shift = memory.shift_for(local.mean.shape[0], local.mean.device)
-        if compiling:
-            moments = Moments(
-                *torch.ops.syncbn.global_moments(
-                    local.count, local.mean, local.m2, shift, _name(reducer)
-                )
-            )
-        else:
-            moments = _reduced(local, shift, call)
-        if shift is not None:
-            usable = (moments.count > 0) & moments.mean.isfinite()
-            shift.copy_(torch.where(usable, moments.mean, shift))
-    if memory is not None and not compiling:
+    if call.reducer.world_size == 1:
+        moments = reduce(None)
+    else:
+        shift = memory.shift_for(local.mean.shape[0], local.mean.device)
+        moments = reduce(shift)
+        usable = (moments.count > 0) & moments.mean.isfinite()
+        shift.copy_(torch.where(usable, moments.mean, shift))
+    if not compiling:
         call.reduction = Reduction(local, moments)
         memory.keep(call.reduction)
     return moments
 
 
-def _reduced(local: Moments, shift: Tensor | None, call: Call) -> Moments:
+def _reduced(local: Moments, call: Call, shift: Tensor | None) -> Moments:
+    if call.reducer.world_size == 1:
+        return local
+    if torch.compiler.is_compiling():
+        tensors = local.count, local.mean, local.m2, shift
+        return Moments(*torch.ops.syncbn.global_moments(*tensors, group_name(call.reducer)))
+    return _summed(local, call, shift)
+
+
+def _summed(local: Moments, call: Call, shift: Tensor | None) -> Moments:
     reducer = call.reducer
     vector = add_fingerprint(to_summable(local, shift), shift, reducer.rank, reducer.world_size)
     total = sum_forward(vector, call)
@@ -241,7 +256,7 @@ def global_sum(vector: Tensor, call: Call, direction: str = "backward") -> Tenso
     if call.reducer.world_size == 1:
         return vector
     if torch.compiler.is_compiling():
-        return torch.ops.syncbn.global_sum(vector, _name(call.reducer))
+        return torch.ops.syncbn.global_sum(vector, group_name(call.reducer))
     return _sum(vector, call, direction)
 
 
@@ -347,7 +362,8 @@ def qualified_name(layer: nn.Module) -> str:
     return ".".join(path) or type(layer).__name__
 
 
-def _name(reducer: Reducer) -> str:
+def group_name(reducer: Reducer) -> str:
+    """Return the name by which a graph holds the process group of several replicas."""
     assert reducer.group is not None  # a replica alone has nothing to sum
     return reducer.group.group_name
 
@@ -360,7 +376,7 @@ def _global_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Gives moments and not the sum, from which the compiler would compute them a second time in
     # the backward pass, with the shift that the forward has overwritten by then.
-    moments = _reduced(Moments(count, mean, m2), shift, _compiled_call(mean, group_name))
+    moments = _summed(Moments(count, mean, m2), compiled_call(mean, group_name), shift)
     if moments.count.device.type == "cpu" and moments.count == 1:
         raise single_value()
     return moments.count.clone(), moments.mean, moments.m2
@@ -375,7 +391,7 @@ def _(
 
 @torch.library.custom_op("syncbn::global_sum", mutates_args=())
 def _global_sum(vector: Tensor, group_name: str) -> Tensor:
-    return _sum(vector, _compiled_call(vector[::2], group_name), "backward")
+    return _sum(vector, compiled_call(vector[::2], group_name), "backward")
 
 
 @_global_sum.register_fake
@@ -383,7 +399,13 @@ def _(vector: Tensor, group_name: str) -> Tensor:
     return torch.empty_like(vector)
 
 
-def _compiled_call(per_channel: Tensor, group_name: str) -> Call:
+def compiled_call(per_channel: Tensor, group_name: str) -> Call:
+    """Return the call that compiled code makes, which knows neither layer nor memory.
+
+    Args:
+        per_channel: as long as there are channels.
+        group_name: of the process group.
+    """
     resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- a graph holds a group by its name
     group: dist.ProcessGroup = resolve(group_name)
     return Call(

@@ -3,8 +3,10 @@
 Batch normalization is its special case of groups of one channel.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,8 +17,19 @@ from syncbn.collectives import SingleReplica
 from syncbn.differentiable import differentiable_sum
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
-from syncbn.moments import COUNT_LIMIT, add_fingerprint, checked_count
-from syncbn.reduction import Call, refuse, require_same_call, require_two_values
+from syncbn.moments import COUNT_LIMIT, Moments, add_fingerprint, checked_count
+from syncbn.reduction import (
+    Call,
+    compiled_call,
+    global_sum,
+    group_name,
+    refuse,
+    remembered,
+    require_same_call,
+    require_two_values,
+    single_value,
+    sum_forward,
+)
 from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
 
 Method = Literal["zca", "newton"]
@@ -29,28 +42,33 @@ class SyncWhitening(Synchronised):
     In training, y = Σ^(−1/2)·(x − μ)·weight + bias, where μ and Σ are the mean and the covariance
     of the channels over the concatenation of every replica's input. Of all square roots it is the
     symmetric one (ZCA), which moves the input least. Channels are whitened in groups: with groups
-    of one, it is batch normalization. In evaluation, running averages of μ and Σ^(−1/2), the latter
-    of the unbiased covariance, stand in; without them each replica uses its own batch.
+    of one, it is batch normalization in training. In evaluation, running averages of μ and
+    Σ^(−1/2), the latter of the unbiased covariance, stand in; without them each replica uses its
+    own batch. The first 1/momentum batches count alike in these averages, so that nothing of the
+    values before the first batch stays: as an average of Σ^(−1/2), unlike one of variances, would
+    forget an identity late.
 
     The covariance S is regularised to Σ = (1 − ρ)·S + ρ·(tr S/D)·I + eps·I, for a batch of few
     samples knows S badly, and of fewer than D not at all: without shrinkage, whitening would then
-    put all samples at the same distance from each other. By default ρ is what is best for n normal
-    samples, (1 − 2/D)·tr S² + (tr S)² over (n + 1 − 2/D)·(tr S² − (tr S)²/D), and at most 1; it
-    vanishes as n grows. Where eps is less than the rounding error of S, as for values of 10⁶ that
-    are all alike, that error stands in for it.
+    put all samples at the same distance from each other. By default ρ approximates what is best for
+    n independent normal samples: (1 − 2/D)·tr S² + (tr S)² over (n + 1 − 2/D)·(tr S² − (tr S)²/D),
+    and at most 1; it vanishes as n grows, which counts every position of a feature map. Where eps
+    is less than the rounding error of S, as for values of 10⁶ that are all alike, that error stands
+    in for it.
 
     Communicates: in training, one all-reduce of 1 + C + C·(D + 1)/2 float64 forward, D being the
-    channels of a group, and one as large backward; none in evaluation nor in a world of one. Every
-    replica must call it, in the same order. When activation checkpointing repeats a forward, it
-    communicates again, and tracks nothing.
+    channels of a group, and one of C + C·(D + 1)/2 backward; none in evaluation nor in a world of
+    one, nor when activation checkpointing (non-reentrant) repeats a forward, which tracks nothing
+    either. Every replica must call it, in the same order.
 
-    Error: everything is computed in float64. Relative to the largest element of the output, it is
+    Error: training computes in float64. Relative to the largest element of the output, the error is
     that of rounding y to its dtype, plus some 10⁻¹⁵·κ where κ is the condition number of Σ. Sums
-    are about the running mean, or 0 without one; in a world of several replicas, at a distance d
-    from it, that costs another 2⁻⁵²·(d/σ)²·κ. With "newton", Σ^(−1/2) is what so many
-    iterations reach: along an eigenvalue λ far below tr Σ·(4/9)^T, the output's variance is
-    λ/tr Σ·(9/4)^T instead of 1. The gradient is exactly that of what is computed, and can be
-    differentiated in turn. Memory: three float64 copies of the input are kept for backward.
+    over several replicas are about the mean of the layer's batch before, at first 0; at a distance
+    d from it in each channel, that costs another (W + 3)·D·2⁻⁵³·(d/σ)²·κ. With "newton", Σ^(−1/2)
+    is what so many iterations reach: along an eigenvalue λ far below tr Σ·(4/9)^T, the output's
+    variance is λ/tr Σ·(9/4)^T instead of 1. The gradient is exactly that of what is computed, and
+    can be differentiated in turn. Evaluation computes in float32, or the input's dtype if that is
+    wider: some 2⁻²⁴·√κ·(1 + |μ|/σ). Memory: one float64 copy of the input is kept for backward.
 
     Args:
         num_features: C, the channels of inputs (N, C, *).
@@ -61,8 +79,8 @@ class SyncWhitening(Synchronised):
         iterations: T, for "newton".
         eps: added to the eigenvalues of the covariance; dimension of x².
         shrinkage: ρ, from 0 to 1; None for the best one of each batch.
-        momentum: weight of the newest batch in the running statistics; None for the plain average
-            over all batches.
+        momentum: least weight of the newest batch in the running statistics; None for the plain
+            average over all batches; 0 leaves them as they are.
         affine: whether to learn weight γ and bias β, of shape (C,).
         track_running_stats: whether to keep running statistics.
         process_group: the replicas to synchronise with; None means the default group.
@@ -73,7 +91,8 @@ class SyncWhitening(Synchronised):
     Raises:
         InputError: an argument is out of its range. In `forward`, before anything is sent: the
             input is not floating point, or not (N, num_features, *); on every replica: all of them
-            together hold one value per channel, or `join()` is active.
+            together hold one value per channel (without running statistics, and in evaluation, this
+            one alone), or `join()` is active.
         ReplicaError: in `forward` or `backward`: the all-reduce failed, or the replicas did not
             make the same call, or another one refused its input.
 
@@ -181,33 +200,28 @@ class SyncWhitening(Synchronised):
         dtype = torch.promote_types(input.dtype, torch.float32)
         mean, matrix = self.running_mean.to(dtype), self.running_whitening.to(dtype)
         with _no_autocast(input.device.type):
-            return self._apply_to(self._grouped(input).to(dtype), mean, matrix, input)
+            centred = self._grouped(input).to(dtype) - mean.reshape(-1, self.group_size, 1)
+            return self._apply_to(centred, None, matrix, input)
 
     def _train(self, input: Tensor, call: Call) -> Tensor:
         values = self._grouped(input).double()
+        number = values.shape[2]
         # About the replica's own mean, nothing cancels within its share; as a constant, for the
         # result does not depend on what values are summed about.
-        local = (values.sum(2) / max(values.shape[2], 1)).detach().flatten()
-        values = values - local.reshape(-1, self.group_size, 1)
-        statistics = self._statistics(values, local, self._shift(local, call), call)
-        regular = self._regularised(statistics)
+        own = values.detach().sum(2) / max(number, 1)
+        values = values - own[..., None]
+        outputs: tuple[Tensor, ...] = _GlobalStatistics.apply(values, own, call)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
+        offset, covariance, count, mean, rounding = outputs
+        require_two_values(count, number, call)
+        regular = self._regularised(covariance, count, rounding)
         # Of what is not finite there are no eigenvalues, and the output is not finite either.
-        finite = regular.isfinite().all()
+        finite = regular.isfinite().all(2, keepdim=True).all(1, keepdim=True)
         regular = torch.where(finite, regular, torch.eye(self.group_size).to(regular))
         root = inverse_root(regular) if self.method == "zca" else self._iterate(regular)
         matrix = torch.where(finite, root, torch.nan)
-        if self.training and self.track_running_stats:
-            self._track(statistics, matrix)
-        return self._apply_to(values, statistics.mean - local, matrix, input)
-
-    def _shift(self, local: Tensor, call: Call) -> Tensor:
-        """Return what all replicas' values are summed about: shape (C,), float64, on all alike."""
-        if call.reducer.world_size == 1:
-            return local
-        if self.running_mean is None:
-            return torch.zeros_like(local)
-        known = self.running_mean.double()
-        return torch.where(known.isfinite(), known, 0.0)
+        if self.training and self.track_running_stats and not call.replayed:
+            self._track(count, mean, matrix)
+        return self._apply_to(values, offset, matrix, input)
 
     def _grouped(self, input: Tensor) -> Tensor:
         """Return the input with its channels in groups: shape (C/D, D, n)."""
@@ -219,68 +233,22 @@ class SyncWhitening(Synchronised):
         """Return how many numbers the replicas add up."""
         return 1 + self.num_features + self.num_features * (self.group_size + 1) // 2
 
-    def _statistics(
-        self, values: Tensor, local: Tensor, shift: Tensor, call: Call
-    ) -> "_Statistics":
-        """Return the statistics of all replicas' values together, as a function of them.
-
-        Args:
-            values: this replica's, less `local`: shape (C/D, D, n).
-            local: shape (C,).
-            shift: what the sums over replicas are about, shape (C,), on all alike.
-            call: who takes part.
-        """
-        size, reducer = self.group_size, call.reducer
-        rows, columns = torch.triu_indices(size, size, device=values.device)
-        number = values.new_full((1,), values.shape[2])
-        first = values.sum(2, keepdim=True)
-        offset = (local - shift).reshape(-1, size, 1)
-        mixed = first @ offset.mT
-        products = values @ values.mT + mixed + mixed.mT + number * (offset @ offset.mT)
-        sums = (first + number * offset).flatten(), products[:, rows, columns].flatten()
-        vector = add_fingerprint(
-            torch.cat([number, *sums]), shift, reducer.rank, reducer.world_size
-        )
-        total = differentiable_sum(vector, call, "forward")
-        if reducer.world_size > 1:
-            if torch.compiler.is_compiling() or total.device.type != "cpu":
-                total = checked_count(total)
-            elif not 0 <= total[0].item() < COUNT_LIMIT:
-                require_same_call(call)
-                # All is well, and yet the shifts differ: one replica reloaded its layer, say.
-                return self._statistics(values, local, torch.zeros_like(shift), call)
-        count = total[0].detach()
-        require_two_values(count, values.shape[2], call)
-        means = total[1:] / count.clamp(min=1)
-        distance = means[: self.num_features]
-        # Where each element of the matrix stands in its upper triangle.
-        places = torch.empty(size, size, dtype=torch.long, device=values.device)
-        places[rows, columns] = places[columns, rows] = torch.arange(
-            len(rows), device=values.device
-        )
-        second = means[self.num_features :].reshape(-1, len(rows))[:, places]
-        centre = distance.reshape(-1, size, 1)
-        sizes = second.detach().diagonal(dim1=1, dim2=2).sum(1).reshape(-1, 1, 1)
-        rounding = (reducer.world_size + 3) * 2.0**-52 * sizes
-        mean = torch.where(count > 0, shift + distance, distance)
-        return _Statistics(count, mean, second - centre @ centre.mT, rounding)
-
-    def _regularised(self, statistics: "_Statistics") -> Tensor:
-        covariance, size = statistics.covariance, self.group_size
+    def _regularised(self, covariance: Tensor, count: Tensor, rounding: Tensor) -> Tensor:
+        size = self.group_size
         trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
         if self.shrinkage is None:
             square = covariance.square().sum((1, 2))
             distance = square - trace.square() / size
             known = distance > 0  # else S is its own target, and any ρ is right
             best = ((1 - 2 / size) * square + trace.square()) / (
-                (statistics.count + 1 - 2 / size) * torch.where(known, distance, 1.0)
+                (count + 1 - 2 / size) * torch.where(known, distance, 1.0)
             )
             share = torch.where(known, best, 1.0).clamp(max=1).reshape(-1, 1, 1)
         else:
             share = self.shrinkage
         identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
         target = (trace / size).reshape(-1, 1, 1) * identity
-        least = statistics.rounding.clamp(min=self.eps)
+        least = rounding.clamp(min=self.eps).reshape(-1, 1, 1)
         return covariance + share * (target - covariance) + least * identity
 
     def _iterate(self, matrix: Tensor) -> Tensor:
@@ -296,33 +264,42 @@ class SyncWhitening(Synchronised):
             product, root = product @ step, step @ root
         return root / trace.sqrt()
 
-    def _apply_to(self, values: Tensor, mean: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
-        output = matrix @ (values - mean.reshape(-1, self.group_size, 1))
+    def _apply_to(
+        self, values: Tensor, offset: Tensor | None, matrix: Tensor, like: Tensor
+    ) -> Tensor:
+        """Return matrix·(values − offset)·weight + bias, in shape, dtype and format of the input.
+
+        Args:
+            values: shape (C/D, D, n).
+            offset: shape (C/D, D), small beside the deviations of the values; None for 0.
+            matrix: shape (C/D, D, D).
+            like: the input.
+        """
         if self.weight is not None:
-            output = output * self.weight.to(output.dtype).reshape(-1, self.group_size, 1)
+            matrix = self.weight.to(matrix.dtype).reshape(-1, self.group_size, 1) * matrix
+        bias = matrix.new_zeros(*matrix.shape[:2], 1)
         if self.bias is not None:
-            output = output + self.bias.to(output.dtype).reshape(-1, self.group_size, 1)
+            bias = self.bias.to(matrix.dtype).reshape(bias.shape)
+        if offset is not None:
+            bias = bias - matrix @ offset[..., None]
+        output = torch.baddbmm(bias, matrix, values)
         first, second, *rest = like.shape
         output = output.to(like.dtype).reshape(second, first, *rest).transpose(0, 1)
         return output.contiguous(memory_format=_format(like))
 
     @torch.no_grad()
-    def _track(self, statistics: "_Statistics", matrix: Tensor) -> None:
+    def _track(self, count: Tensor, mean: Tensor, matrix: Tensor) -> None:
         """Move the running statistics towards a batch; one without samples changes nothing."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- as in torch.utils.checkpoint
-            return  # in a backward pass, where activation checkpointing repeats what was tracked
         if self.running_mean is None or self.running_whitening is None:
             return
         assert self.num_batches_tracked is not None
-        count = statistics.count
         seen = count > 0
         self.num_batches_tracked.add_(seen)
-        momentum: Any = self.momentum
-        if momentum is None:
-            momentum = 1.0 / self.num_batches_tracked.clamp(min=1).double()
+        plain = 1.0 / self.num_batches_tracked.clamp(min=1).double()
+        momentum = plain.clamp(min=self.momentum or 0.0) if self.momentum != 0 else 0.0
         unbiased = ((count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
         for running, batch in (
-            (self.running_mean, statistics.mean),
+            (self.running_mean, mean),
             (self.running_whitening, matrix * unbiased),
         ):
             moved = running.double() * (1 - momentum) + batch * momentum
@@ -330,16 +307,134 @@ class SyncWhitening(Synchronised):
 
 
 @dataclass(frozen=True)
-class _Statistics:
-    """Of the whole batch, in float64: count, 0-d; means, (C,); covariances, (C/D, D, D).
+class Comoments(Moments):
+    """Moments of channels in groups, whose m2 holds the products of deviations as well.
 
-    And how far rounding may have moved a covariance's eigenvalues: (C/D, 1, 1).
+    Attributes:
+        count: values per channel, 0-d.
+        mean: shape (C,).
+        m2: Σ(x − mean)·(x − mean)ᵀ in each group, shape (C/D, D, D).
+        scale: Σ|x − K|² in each group, shape (C/D,), for the K that the values were summed about:
+            in proportion to this, m2 was rounded.
     """
 
-    count: Tensor
-    mean: Tensor
-    covariance: Tensor
-    rounding: Tensor
+    scale: Tensor
+
+
+class _GlobalStatistics(torch.autograd.Function):
+    """Values to what is known of all replicas' values together.
+
+    From (values, own), of shape (C/D, D, n) and (C/D, D): a replica's values less the constant own,
+    which is their mean. To the mean less own, (C/D, D), and the covariance, (C/D, D, D); and
+    without gradients the count, 0-d, the mean, (C,), and how far rounding may have moved the
+    covariance's eigenvalues, (C/D,).
+
+    With G_μ and G_S the gradients of mean and covariance, summed over replicas, n the count:
+    dx = (G_μ + (G_S + G_Sᵀ)·(x − μ))/n.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, own: Tensor, call: Call) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
+        local = Comoments(
+            own.new_full((), values.shape[2]),
+            own.flatten(),
+            products := values @ values.mT,
+            products.diagonal(dim1=1, dim2=2).sum(1),
+        )
+        total = remembered(local, call, partial(_reduced, local, call))
+        assert isinstance(total, Comoments)
+        number = total.count.clamp(min=1)
+        rounding = (call.reducer.world_size + 3) * 2.0**-52 * total.scale / number
+        offset = torch.where(total.count > 0, total.mean - local.mean, 0.0).reshape(own.shape)
+        return offset, total.m2 / number, total.count.clone(), total.mean.clone(), rounding
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        values, _, ctx.call = inputs
+        offset, _, count, *_ = output
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(values, offset, count)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
+        values, offset, count = ctx.saved_tensors
+        add_up = global_sum if torch.compiler.is_compiling() else differentiable_sum
+        sums = torch.cat([grads[0].flatten(), _upper(grads[1] + grads[1].mT)])
+        sums = add_up(sums, ctx.call) / count.clamp(min=1)
+        of_mean, of_products = sums.split([offset.numel(), sums.numel() - offset.numel()])
+        of_mean = of_mean.reshape(offset.shape) - (
+            (symmetric := _symmetric(of_products, offset.shape[1])) @ offset[..., None]
+        ).squeeze(2)
+        return torch.baddbmm(of_mean[..., None], symmetric, values), None, None
+
+
+def _reduced(local: Comoments, call: Call, shift: Tensor | None) -> Comoments:
+    """Return the comoments of all replicas' batches together; None for the shift stands for 0."""
+    if call.reducer.world_size == 1:
+        return local
+    tensors = local.count, local.mean, local.m2, shift
+    if torch.compiler.is_compiling():
+        return Comoments(*torch.ops.syncbn.global_comoments(*tensors, group_name(call.reducer)))
+    return _summed(*tensors, call)
+
+
+def _summed(count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, call: Call) -> Comoments:
+    about = torch.zeros_like(mean) if shift is None else shift
+    offset = (mean - about).reshape(m2.shape[:2])[..., None]
+    second = m2 + count * (offset @ offset.mT)
+    vector = torch.cat([count.reshape(1), count * offset.flatten(), _upper(second)])
+    reducer = call.reducer
+    total = sum_forward(add_fingerprint(vector, shift, reducer.rank, reducer.world_size), call)
+    if total.device.type != "cpu":
+        total = checked_count(total)
+    elif not 0 <= total[0].item() < COUNT_LIMIT:
+        require_same_call(call)
+        # All is well, and yet the shifts differ: one replica reloaded its layer, say.
+        return _summed(count, mean, m2, None, call)
+    number, channels = total[0], mean.numel()
+    first, second = total[1 : channels + 1], _symmetric(total[channels + 1 :], m2.shape[1])
+    distance = first / number.clamp(min=1)
+    column = distance.reshape(offset.shape)
+    return Comoments(
+        number,
+        torch.where(number > 0, about + distance, distance),
+        second - number * (column @ column.mT),
+        second.diagonal(dim1=1, dim2=2).sum(1),
+    )
+
+
+def _upper(matrices: Tensor) -> Tensor:
+    """Return the upper triangles of symmetric matrices, one after the other."""
+    rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
+    return matrices[:, rows, columns].flatten()
+
+
+def _symmetric(triangles: Tensor, size: int) -> Tensor:
+    """Return the symmetric matrices, shape (*, size, size), of their upper triangles."""
+    rows, columns = torch.triu_indices(size, size, device=triangles.device)
+    # Where each element of a matrix stands in its triangle.
+    places = torch.empty(size, size, dtype=torch.long, device=triangles.device)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=places.device)
+    return triangles.reshape(-1, len(rows))[:, places]
+
+
+# What torch.compile puts into its graphs, as it does `syncbn::global_moments`.
+@torch.library.custom_op("syncbn::global_comoments", mutates_args=())
+def _global_comoments(
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = _summed(count, mean, m2, shift, compiled_call(mean, group_name))
+    if total.count.device.type == "cpu" and total.count == 1:
+        raise single_value()
+    return total.count.clone(), total.mean, total.m2, total.scale
+
+
+@_global_comoments.register_fake
+def _(
+    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale = m2.new_empty(m2.shape[0])
+    return torch.empty_like(count), torch.empty_like(mean), torch.empty_like(m2), scale
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
@@ -432,7 +527,7 @@ def _check(
         raise InputError(f"the method is {method!r}; choose {' or '.join(METHODS)}")
     if iterations < 1:
         raise InputError(f"iterations is {iterations}; choose 1 or more, such as 5")
-    if not eps > 0:
+    if not 0 < eps < math.inf:
         raise InputError(f"eps is {eps}; choose a positive one, such as 1e-5")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         raise InputError(f"shrinkage is {shrinkage}; choose one from 0 to 1, or None")

@@ -18,6 +18,7 @@ from syncbn.errors import InputError, ReplicaError
 from syncbn.whitening import inverse_root
 from tests.support.one_process import rows
 from tests.support.tolerance import assert_as_exact
+from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
 
 CHANNELS = 6
@@ -120,8 +121,9 @@ def _in_one_process(case: Case) -> Outcome:
         assert x.grad is not None
         found["y"].append(y.detach())
         found["dx"].append(x.grad)
-        mean = 0.9 * mean + 0.1 * x.detach().mean(0)
-        whitening = 0.9 * whitening + 0.1 * torch.stack(roots)
+        newest = max(0.1, 1 / (step + 1))
+        mean = (1 - newest) * mean + newest * x.detach().mean(0)
+        whitening = (1 - newest) * whitening + newest * torch.stack(roots)
     found["state"] = [mean, whitening, torch.tensor(STEPS)]
     found["gradients"] = [t.grad for t in (weight, bias) if t.grad is not None]
     return found
@@ -296,6 +298,16 @@ def test_running_statistics_may_be_a_plain_average_or_none() -> None:
     torch.testing.assert_close(without.eval()(x), without.train()(x))
 
 
+def test_values_before_the_first_batch_leave_no_trace() -> None:
+    layer = SyncWhitening(6, 1, affine=False, dtype=torch.float64)
+    x = 1000 * torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
+    layer(x)
+    torch.testing.assert_close(layer.eval()(x).std(0), torch.ones(6).double())
+    frozen = SyncWhitening(6, 3, momentum=0.0, dtype=torch.float64)
+    frozen(x)
+    assert torch.equal(frozen.eval()(x), x)
+
+
 def test_layers_without_parameters_have_none() -> None:
     layer = SyncWhitening(6, 3, affine=False)
     assert list(layer.parameters()) == []
@@ -317,10 +329,28 @@ def test_memory_format_and_dtype_are_the_inputs(shape: tuple[int, ...]) -> None:
             assert layer(x).dtype == torch.float32
 
 
-def test_what_is_not_finite_stays_so_and_raises_nothing() -> None:
-    x = torch.randn(4, 6)
-    x[0, 0] = torch.inf
-    assert not SyncWhitening(6, 3)(x).isfinite().any()
+def _one_infinity() -> tuple[Tensor, list[Tensor]]:
+    layer, clean = _layer({}, torch.float64), _layer({}, torch.float64)
+    x, _ = Case(((9, 6), (12, 6))).share(dist.get_rank(), 0)
+    spoilt = x.clone()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        spoilt[0, 0] = torch.inf
+    y = layer(spoilt).detach()
+    assert torch.equal(y[:, 3:], clean(x)[:, 3:])
+    assert not y[:, :3].isfinite().any()
+    layer(x)  # it raises nothing then either
+    return y, list(layer.state_dict().values())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_not_finite_spoils_its_group_on_all_ranks_and_raises_nothing(
+    world_size: int,
+) -> None:
+    ranks = run_world(world_size, _one_infinity)
+    for _, state in ranks:
+        torch.testing.assert_close(state, ranks[0][1], rtol=0, atol=0, equal_nan=True)
+        assert state[2][3:].isfinite().all()
+        assert state[3][1].isfinite().all()
 
 
 def _alike(method: Any, scale: float) -> list[Tensor]:
@@ -383,19 +413,22 @@ def test_sums_about_the_running_mean_do_not_cancel_far_from_zero() -> None:
 def _one_reloaded() -> list[Tensor]:
     case = Case(((9, 6), (12, 6)))
     layer = _layer({}, torch.float64)
-    fresh = copy.deepcopy(layer.state_dict())
     x, dy = case.share(dist.get_rank(), 0)
     layer(x)
     if dist.get_rank() == 1:
-        layer.load_state_dict(fresh)
+        layer = _layer({}, torch.float64)  # as if it was loaded anew
     x.requires_grad_()
-    y = layer(x)
+    with recorded_all_reduces() as sent:
+        y = layer(x)
+        again = layer(x)
+    assert len(sent) == 3  # once more for the first, and all is as it was
+    torch.testing.assert_close(again, y)
     y.backward(dy)
     assert x.grad is not None
     return [y.detach(), x.grad]
 
 
-def test_replicas_with_other_running_means_still_agree() -> None:
+def test_replicas_that_sum_about_other_means_agree_after_one_more_sum() -> None:
     case = Case(((9, 6), (12, 6)))
     x, dy = (
         torch.cat(each) for each in zip(*[case.share(rank, 0) for rank in range(2)], strict=True)
@@ -405,6 +438,28 @@ def test_replicas_with_other_running_means_still_agree() -> None:
     ours = [torch.cat(each) for each in zip(*run_world(2, _one_reloaded), strict=True)]
     torch.testing.assert_close(ours[0], y.detach())
     torch.testing.assert_close(ours[1], x.grad)
+
+
+def _distant(distance: float, group_size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 400, 8, generator=generator).double()
+    layer = SyncWhitening(8, group_size, eps=1e-20, shrinkage=0.0, dtype=torch.float64)
+    return layer(distance + x[dist.get_rank()]).detach()
+
+
+@pytest.mark.parametrize("group_size", [2, 8])
+@pytest.mark.parametrize("distance", [1e3, 1e5])
+def test_error_of_sums_far_from_the_mean_is_as_documented(distance: float, group_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 400, 8, generator=generator).double().flatten(0, 1)
+    x = (distance + x) - distance  # rounded to where the layer sees them, and back
+    layer = SyncWhitening(8, group_size, eps=1e-20, shrinkage=0.0, dtype=torch.float64)
+    exact = layer(x).detach()
+    ours = torch.cat(run_world(2, _distant, distance, group_size))
+    error = float((ours - exact).abs().max() / exact.abs().max())
+    kappa = float(torch.linalg.cond(torch.cov(x.T)))
+    documented = (2 + 3) * group_size * 2**-53 * distance**2 * kappa
+    assert 0.05 * documented < error < documented
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
@@ -435,15 +490,44 @@ def test_newton_leaves_small_eigenvalues_as_documented() -> None:
     torch.testing.assert_close(variances[3:], expected[3:], rtol=1e-2, atol=0)
 
 
-def test_repetition_by_checkpointing_tracks_nothing() -> None:
-    x, dy = Case(((9, 6),)).share(0, 0)
+def _checkpointed() -> list[int]:
     layers = [_layer({}, torch.float64) for _ in range(2)]
-    inputs = [x.clone().requires_grad_() for _ in range(2)]
-    layers[0](inputs[0]).backward(dy)
-    checkpoint(layers[1], inputs[1], use_reentrant=False).backward(dy)
-    assert torch.equal(*(each.grad for each in inputs))  # pyright: ignore[reportArgumentType] -- they have gradients
-    for name, value in layers[0].state_dict().items():
-        assert torch.equal(value, layers[1].state_dict()[name])
+    found: list[list[Tensor]] = []
+    sums: list[int] = []
+    for layer, repeats in zip(layers, (False, True), strict=True):
+        gradients: list[Tensor] = []
+        for step in range(2):  # the second about another shift
+            x, dy = Case(((9, 6), (0, 6))).share(dist.get_rank(), step)
+            x.requires_grad_()
+            with recorded_all_reduces() as sent:
+                y = checkpoint(layer, x, use_reentrant=False) if repeats else layer(x)
+                y.backward(dy)  # pyright: ignore[reportOptionalMemberAccess] -- torch types checkpoint's result as perhaps None
+            assert x.grad is not None
+            gradients.append(x.grad)
+            sums.append(len(sent))
+        found.append([*gradients, *layer.state_dict().values()])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    return sums
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_repetition_by_checkpointing_tracks_and_sends_nothing(world_size: int) -> None:
+    for sums in run_world(world_size, _checkpointed):
+        assert sums == [2 if world_size > 1 else 0] * 4
+
+
+def _traffic() -> list[int]:
+    x, _ = Case(((4, 6), (5, 6))).share(dist.get_rank(), 0)
+    layer = _layer({}, torch.float64)
+    with recorded_all_reduces() as sent:
+        layer(x.requires_grad_()).sum().backward()
+        layer.eval()(x)
+    return [vector.numel() for vector in sent]
+
+
+def test_one_sum_is_sent_forward_and_one_backward() -> None:
+    # 1 + C + C·(D + 1)/2 of C = 6 and D = 3, and the same but the count.
+    assert run_world(2, _traffic) == [[19, 18]] * 2
 
 
 def test_copies_and_pickles_compute_the_same() -> None:
@@ -461,24 +545,51 @@ def test_copies_and_pickles_compute_the_same() -> None:
 
 
 def _compiled() -> None:
-    x, dy = Case(((4, 6), (5, 6))).share(dist.get_rank(), 0)
     layer = _layer({}, torch.float64)
     twin = copy.deepcopy(layer)
     compiled: Any = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    found: list[list[Tensor]] = []
-    for forward, module in ((compiled, layer), (twin, twin)):
-        mine = x.clone().requires_grad_()
-        y = forward(mine)
-        y.backward(dy)
-        assert mine.grad is not None
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        found.append([y.detach(), mine.grad, *gradients, *module.state_dict().values()])
+    found: list[list[Tensor]] = [[], []]
+    for step in range(3):  # also about a mean that is not 0
+        x, dy = Case(((4, 6), (5, 6))).share(dist.get_rank(), step)
+        for forward, results in ((compiled, found[0]), (twin, found[1])):
+            mine = x.clone().requires_grad_()
+            y = forward(mine)
+            y.backward(dy)
+            assert mine.grad is not None
+            results.extend((y.detach(), mine.grad))
+    for module, results in ((layer, found[0]), (twin, found[1])):
+        results.extend(p.grad for p in module.parameters() if p.grad is not None)
+        results.extend(module.state_dict().values())
     torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_compiles_without_a_break_and_computes_the_same(world_size: int) -> None:
     run_world(world_size, _compiled, deadline_s=120)
+
+
+def _compiled_and_wrong() -> tuple[str, str]:
+    alone = SyncWhitening(6, 3)
+    compiled: Any = torch.compile(alone, fullgraph=True, backend="aot_eager")
+    before = copy.deepcopy(alone.state_dict())
+    with pytest.raises(InputError) as single:
+        compiled(torch.zeros(1 - dist.get_rank(), 6))
+    assert all(torch.equal(value, before[name]) for name, value in alone.state_dict().items())
+    x, _ = Case(((4, 6), (5, 6))).share(dist.get_rank(), 0)
+    layer = _layer({}, torch.float64)
+    layer(x)
+    if dist.get_rank() == 1:
+        layer = _layer({}, torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ReplicaError) as other:
+        compiled(x)
+    return str(single.value), str(other.value)
+
+
+def test_compiled_code_refuses_what_eager_code_refuses() -> None:
+    for single, other in run_world(2, _compiled_and_wrong, deadline_s=120):
+        assert single.startswith("expected more than 1 value per channel over all replicas")
+        assert "in compiled code, where the ranks sum about different shifts" in other
 
 
 def _without_samples() -> tuple[bool, bool]:
@@ -550,6 +661,7 @@ def test_input_that_one_rank_refuses_is_an_error_on_all() -> None:
         ({"method": "pca"}, r"the method is 'pca'; choose zca or newton"),
         ({"iterations": 0}, r"iterations is 0; choose 1 or more"),
         ({"eps": 0.0}, r"eps is 0.0; choose a positive one"),
+        ({"eps": float("inf")}, r"eps is inf; choose a positive one"),
         ({"shrinkage": 1.5}, r"shrinkage is 1.5; choose one from 0 to 1, or None"),
         ({"reducer": "mpi"}, r"the reducer is 'mpi'"),
     ],
