@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from syncbn.collectives import select_reducer
 from syncbn.differentiable import differentiable_sum
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
-from syncbn.reduction import Call, Memory
+from syncbn.moments import COUNT_LIMIT, add_fingerprint, checked_count
+from syncbn.reduction import Call, Memory, refuse, require_same_call
 
 
 class StatisticsPenalty:
@@ -23,21 +25,22 @@ class StatisticsPenalty:
     loss; the mean of their gradients, which DistributedDataParallel takes, is the gradient of P.
     A batch without samples on any replica counts as one of mean and variance 0, and moves nothing.
 
-    Communicates: for each layer, one all-reduce of 2C + 1 float64 forward and one of 2C backward;
-    none in a world of one, nor outside `watch`. Every replica must watch the same forwards.
+    Communicates: for each layer, one all-reduce of 2C + 1 float64 forward and one backward; none in
+    a world of one, nor outside `watch`. Every replica must watch the same forwards.
 
     Error: of σ², 2⁻⁵²·(μ² + σ²); P is float64.
 
     Args:
-        units: modules whose outputs, (N, C, *), are the activations of C units each, by name.
+        units: modules whose outputs, (N, C, *), are the activations of C units each, by name; none
+            inside a part of the model that activation checkpointing repeats.
         strength: of the penalty, 0 or more.
         process_group: the replicas; None means the default group.
 
     Raises:
         InputError: the strength is negative or no number. In a watched forward: an output is not
-            (N, C, *) in floating point.
+            (N, C, *) in floating point, or gradients are off, as in reentrant checkpointing.
         ReplicaError: in a watched forward or its backward, the all-reduce failed, or the replicas
-            did not make the same call.
+            did not make the same call, or another one refused its output.
 
     Source: Goodfellow, Bengio and Courville, "Deep Learning" (2016), section 8.7.1: "adding
     penalties to the cost function to encourage units to have normalized activation statistics".
@@ -55,14 +58,20 @@ class StatisticsPenalty:
         self._group = process_group
         self._watches = False
         self._terms: list[Tensor] = []
-        self._hooks = [unit.register_forward_hook(self._look) for unit in units.values()]
+        self._hooks = [
+            unit.register_forward_hook(partial(self._look, number))
+            for number, unit in enumerate(units.values())
+        ]
 
     @contextmanager
     def watch(self) -> Generator[None]:
-        """Let the forwards in this context count."""
+        """Let the forwards in this context count; none of them does where one raises."""
         self._watches = True
         try:
             yield
+        except BaseException:
+            self._terms.clear()
+            raise
         finally:
             self._watches = False
 
@@ -78,18 +87,35 @@ class StatisticsPenalty:
         for hook in self._hooks:
             hook.remove()
 
-    def _look(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _look(
+        self, number: int, module: nn.Module, inputs: tuple[Any, ...], output: Tensor
+    ) -> None:
         if not self._watches:
             return
-        if reason := reason_to_refuse(output):
-            raise InputError(reason)
-        channels = output.shape[1]
         reducer = select_reducer(self._group, output.device)
+        channels = output.shape[1] if output.dim() > 1 else 0
         call = Call(reducer, Memory(channels, output.device, module), channels, output.dtype)
+        reason = reason_to_refuse(output)
+        if not torch.is_grad_enabled():
+            reason = (
+                "a penalty needs gradients, which are off here; watch no forward under no_grad() "
+                "and no unit inside reentrant activation checkpointing"
+            )
+        if reason:
+            refuse(call, output.device, reason)
+            raise InputError(reason)
         values = output.transpose(0, 1).flatten(1).double()
         local = values.new_full((1,), values.shape[1])
         sums = torch.cat([local, values.sum(1), values.square().sum(1)])
+        # In the shift's place, for nothing is subtracted: which unit these are sums of.
+        unit = values.new_full((1,), number)
+        sums = add_fingerprint(sums, unit, reducer.rank, reducer.world_size)
         total = differentiable_sum(sums, call, "forward")
+        if reducer.world_size > 1:
+            if total.device.type != "cpu":
+                total = checked_count(total)
+            elif not 0 <= total[0].item() < COUNT_LIMIT:
+                require_same_call(call)
         mean, square = (total[1:] / total[0].detach().clamp(min=1)).chunk(2)
         variance = square - mean.square()
         self._terms.append((mean.square() + (variance - 1).square()).mean())

@@ -1,5 +1,6 @@
 """Renormalising the units after every gradient step, by rescaling their weights and biases."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from syncbn.collectives import select_reducer
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
 from syncbn.kernels import ReferenceKernels
-from syncbn.reduction import Call, Memory, global_moments
+from syncbn.reduction import Call, Memory, global_moments, refuse, require_two_values
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Unit:
 class Renormalization:
     """How far the units' statistics were from standard when they were made so.
 
-    After the first time, this is what the gradient step before it did to them.
+    After the first time, this is what changed since: by the gradient step before it, and because
+    this batch is another one than that of the time before.
 
     Attributes:
         mean_shift: the root mean square of μ over all units.
@@ -50,17 +52,19 @@ class Renormalizer:
 
     w ← w/σ and β ← (β − μ)/σ, layer by layer in the order of the forward, each given what the
     renormalised layers before it compute: then y has mean 0 and variance σ₀²/(σ₀² + eps) over the
-    concatenation of all replicas' batches, where σ₀² was its variance and σ² = σ₀² + eps. All
-    replicas' parameters stay bit-identical.
+    concatenation of all replicas' batches, where σ₀² was its variance and σ² = σ₀² + eps. A unit
+    of variance eps or less keeps its scale, σ = 1: there is nothing to standardise, and the weights
+    would grow by 1/√eps with each step. All replicas' parameters stay bit-identical.
 
     Communicates: for each layer, one all-reduce of 2C + 1 float64 in each `step`; none in a world
-    of one.
+    of one. Every replica must run the same forward: of two units with as many channels, nothing
+    tells that they are exchanged.
 
     Error: of σ², as for `sync_batch_norm`; parameters are rounded once to their dtype.
 
     Args:
         units: by name.
-        eps: added to the variance; dimension of y².
+        eps: added to the variance, and the least that is rescaled; dimension of y².
         process_group: the replicas; None means the default group.
 
     Raises:
@@ -76,7 +80,7 @@ class Renormalizer:
         eps: float = 1e-5,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not eps > 0:
+        if not 0 < eps < math.inf:
             raise InputError(f"eps is {eps}; choose a positive one, such as 1e-5")
         for name, unit in units.items():
             if unit.bias.shape != unit.weight.shape[:1]:
@@ -99,8 +103,10 @@ class Renormalizer:
 
         Raises:
             InputError: a module was called twice or never, its output is not (N, C, *) in floating
-                point, or its statistics are not finite; all parameters are as before then.
-            ReplicaError: the all-reduce failed, or the replicas did not make the same call.
+                point, all replicas together have one value of each unit, or a unit's statistics are
+                not finite; all parameters are as before then.
+            ReplicaError: the all-reduce failed, or the replicas summed for other numbers of units,
+                or another one refused its output.
         """
         kept = [(unit, unit.weight.clone(), unit.bias.clone()) for unit in self._units.values()]
         means: dict[str, Tensor] = {}
@@ -142,21 +148,22 @@ class Renormalizer:
     def _statistics(self, name: str, unit: Unit, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return μ and σ of the global batch, or 0 and 1 where it has no samples."""
         channels = len(unit.bias)
-        if reason := reason_to_refuse(output):
-            raise InputError(reason)
-        if output.shape[1] != channels:
-            raise InputError(
-                f"unit {name!r} has {channels} biases, but outputs of shape {tuple(output.shape)}"
-            )
         reducer = select_reducer(self._group, output.device)
         call = Call(reducer, Memory(channels, output.device, unit.module), channels, output.dtype)
+        reason = reason_to_refuse(output)
+        if not reason and output.shape[1] != channels:
+            reason = (
+                f"unit {name!r} has {channels} biases, but outputs of shape {tuple(output.shape)}"
+            )
+        if reason:
+            refuse(call, output.device, reason)
+            raise InputError(reason)
         moments = global_moments(ReferenceKernels().local_moments(output), call)
-        deviation = (moments.variance() + self._eps).sqrt()
-        if not (moments.mean.isfinite().all() and deviation.isfinite().all()):
+        require_two_values(moments.count, output[:, 0].numel(), call)
+        if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
             raise InputError(f"the statistics of unit {name!r} are not finite")
-        if moments.count == 0:
-            return moments.mean, torch.ones_like(deviation)
-        return moments.mean, deviation
+        variance = moments.variance()
+        return moments.mean, torch.where(variance > self._eps, variance + self._eps, 1.0).sqrt()
 
 
 def _root_mean_square(values: Mapping[str, Tensor]) -> float:

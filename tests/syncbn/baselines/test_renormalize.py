@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.baselines import Renormalization, Renormalizer, Unit
-from syncbn.errors import InputError
+from syncbn.errors import InputError, ReplicaError
 from tests.support.world import run_world
 
 EPS = 1e-3
@@ -98,6 +98,44 @@ def test_scale_between_weight_and_bias_is_left_alone() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((1, 1), 1 / 7))
 
 
+def test_unit_that_does_not_vary_keeps_its_scale() -> None:
+    layer = nn.Linear(2, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    before = layer.weight.detach().clone()
+    renormalizer = Renormalizer({"unit": Unit(layer.weight, layer.bias, layer)}, EPS)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).double()
+    for batch in (x, torch.ones(5, 2).double()) * 10:
+        renormalizer.step(lambda batch=batch: layer(batch))
+    assert torch.equal(layer.weight[0], before[0])
+    y = layer(torch.ones(5, 2).double())
+    torch.testing.assert_close(y, torch.zeros(5, 3).double())
+    # What does vary is of its own size, however often another batch did not.
+    assert ((layer(x).var(0, correction=0)[1:] - 1).abs() < 0.1).all()
+
+
+def _one_rank_is_wrong() -> str:
+    wrong = dist.get_rank() == 1
+    model = _model()
+    x = _share((5, 5), dist.get_rank())
+    if wrong:
+        model[2] = nn.Flatten(0)
+    kind = InputError if wrong else ReplicaError
+    units = {"2": Unit(*_pair(4), model[2]), "3": _units(model)["3"]}
+    del units["3"]
+    if not wrong:
+        units = {"3": _units(model)["3"]}
+    with pytest.raises(kind) as caught:
+        Renormalizer(units).step(lambda: model[:3](x) if wrong else model(x))
+    return str(caught.value)
+
+
+def test_activations_that_one_rank_refuses_are_an_error_on_all() -> None:
+    other, wrong = run_world(2, _one_rank_is_wrong)
+    assert wrong.startswith("expected an input of shape (N, C, *), got (")
+    assert f"refuses its input: {wrong}" in other
+
+
 def _without_samples() -> bool:
     model = _model()
     done = Renormalizer(_units(model)).step(lambda: model(torch.zeros(0, 2, 3, 3).double()))
@@ -134,6 +172,7 @@ def test_what_cannot_be_renormalised_is_explained_and_changes_nothing() -> None:
     assert isinstance(layer, nn.Linear)
     shared = {"0": Unit(layer.weight, layer.bias, layer)}
     _refused(twice, shared, torch.randn(5, 2).double(), "unit '0' is called twice")
+    _refused(twice, shared, torch.randn(1, 2).double(), "expected more than 1 value per channel")
 
 
 def _pair(channels: int) -> tuple[nn.Parameter, nn.Parameter]:
