@@ -99,38 +99,61 @@ def cost_of_order(layers: int, order: int) -> int:
 
 
 def train_chain(
-    normalise: bool, lr: float, layers: int, steps: int, seed: int, scale: float = 1.0
-) -> list[float]:
-    """Return the losses of a linear chain of one unit a layer that learns y = 2·x by plain steps.
+    normalise: bool, rates: Tensor, layers: int, steps: int, seed: int, scale: float = 1.0
+) -> Tensor:
+    """Return the losses of linear chains of one unit a layer that learn y = 2·x by plain steps.
 
     With `normalise`, the last hidden unit is normalised over the batch: ŷ = w_l·ĥ_{l−1}.
 
     Args:
         normalise: whether ĥ or h is what the last weight scales.
-        lr: learning rate.
+        rates: learning rates, shape (k,), float64: a chain for each, which start alike.
         layers: l.
         steps: of gradient descent on ½·mean((ŷ − y)²), for 64 samples x of a standard normal.
         seed: of weights and samples.
         scale: the weights are scale·(1 + 0.1·normal).
+
+    Returns:
+        Shape (steps, k), each before a step; infinite where a chain has diverged.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 1, generator=generator, dtype=torch.float64)
     x = (x - x.mean()) / x.std(correction=0)
-    noise = torch.randn(layers, generator=generator, dtype=torch.float64)
-    weights = (scale * (1 + 0.1 * noise)).requires_grad_()
-    losses: list[float] = []
+    noise = torch.randn(layers, 1, generator=generator, dtype=torch.float64)
+    weights = (scale * (1 + 0.1 * noise)).repeat(1, len(rates)).requires_grad_()
+    losses: list[Tensor] = []
     for _ in range(steps):
-        hidden = x * weights[:-1].prod()
+        hidden = x * weights[:-1].prod(0)
         if normalise:
             hidden = syncbn.sync_batch_norm(hidden, eps=1e-12)[0]
-        loss = 0.5 * (weights[-1] * hidden - 2 * x).square().mean()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-        (gradient,) = torch.autograd.grad(loss, weights)
+        loss = 0.5 * (weights[-1] * hidden - 2 * x).square().mean(0)
+        losses.append(loss.detach())
+        (gradient,) = torch.autograd.grad(loss.sum(), weights)
         with torch.no_grad():
-            weights -= lr * gradient
-    return losses + [math.inf] * (steps - len(losses))
+            weights -= rates * gradient
+    return torch.stack(losses).nan_to_num(nan=math.inf)
+
+
+# 3. What the gradient never proposes
+
+
+def followed_gradient(h: Tensor, dy: Tensor, step: float, constants: bool) -> Tensor:
+    """Return h − step·∂L/∂h, for a loss L of ĥ with the gradient dy.
+
+    Args:
+        h: activations of one unit, shape (n, 1), float64.
+        dy: ∂L/∂ĥ, of that shape.
+        step: the length of the step, in units of h² (L has none).
+        constants: whether the gradient takes μ and σ for constants, as if normalising were not part
+            of the model; else it is batch normalization's.
+    """
+    h = h.detach().requires_grad_()
+    if constants:
+        normal = (h - h.detach().mean(0)) / h.detach().std(0, correction=0)
+    else:
+        normal = syncbn.sync_batch_norm(h, eps=1e-12)[0]
+    (gradient,) = torch.autograd.grad(normal, h, dy)
+    return (h - step * gradient).detach()
 
 
 # 4. δ inside the root
@@ -146,7 +169,10 @@ def gradient_at_zero_variance(eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def gradient_with_delta_outside(delta: float, dtype: torch.dtype) -> Tensor:
-    """Return the same of (x − μ)/(√σ² + δ), as it would be with δ outside the root."""
+    """Return what back-propagation makes of (x − μ)/(√σ² + δ), with δ outside the root.
+
+    The quotient has a derivative there, (I − 11ᵀ/n)/δ; but the root's own is infinite.
+    """
     x = torch.ones(4, 1, dtype=dtype, requires_grad=True)
     centred = x - x.mean(0)
     y = centred / (centred.square().mean(0).sqrt() + delta)
@@ -164,11 +190,21 @@ def gamma_and_beta_of(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, 
     return hidden.std(0, correction=0), hidden.mean(0) + bias
 
 
-def steps_to_move_the_mean(normalise: bool, lr: float, seed: int, limit: int = 2000) -> int:
-    """Return how many steps of gradient descent give a unit a mean of 1 ± 0.01 on a batch.
+def means_while_learning(normalise: bool, lr: float, seed: int, steps: int) -> list[float]:
+    """Return the mean of a unit over a batch while gradient descent moves it to 1, step by step.
 
     The unit is on top of eight layers of sixteen tanh units; all parameters learn. With
     `normalise`, it is BN's output, whose mean is β alone; else the bias and everything below act.
+
+    Args:
+        normalise: whether the unit is normalised.
+        lr: learning rate.
+        seed: of weights and samples.
+        steps: of gradient descent on ½·(mean − 1)². The mean alone is what is asked for, so all
+            else is free to move.
+
+    Returns:
+        steps + 1 means, the first of them before any step.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
@@ -180,7 +216,8 @@ def steps_to_move_the_mean(normalise: bool, lr: float, seed: int, limit: int = 2
     biases = [torch.zeros(len(w), dtype=torch.float64, requires_grad=True) for w in weights]
     gamma = torch.ones(1, dtype=torch.float64, requires_grad=True)
     parameters = [*weights, *biases, gamma]
-    for step in range(limit):
+    means: list[float] = []
+    for _ in range(steps + 1):
         hidden = x
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden = (hidden @ weight.T + bias).tanh()
@@ -188,15 +225,18 @@ def steps_to_move_the_mean(normalise: bool, lr: float, seed: int, limit: int = 2
             unit = syncbn.sync_batch_norm(hidden @ weights[-1].T, gamma, biases[-1])[0]
         else:
             unit = hidden @ weights[-1].T + biases[-1]
-        # The mean alone is what is asked for, so all else is free to move.
         mean = unit.mean()
-        if abs(mean.item() - 1) < 0.01:
-            return step
+        means.append(mean.item())
         gradients = torch.autograd.grad(0.5 * (mean - 1) ** 2, parameters, materialize_grads=True)
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter -= lr * gradient
-    return limit
+    return means
+
+
+def steps_until_there(means: Sequence[float]) -> int | None:
+    """Return after how many steps a mean first was within 0.01 of 1; None if it never was."""
+    return next((step for step, mean in enumerate(means) if abs(mean - 1) < 0.01), None)
 
 
 # 7. Convolution
@@ -210,16 +250,21 @@ class PositionNorm(nn.Module):
         return functional.batch_norm(x.flatten(1), None, None, training=True).reshape(x.shape)
 
 
-def translation_error(norm: Callable[[Tensor], Tensor], x: Tensor, shift: int) -> float:
-    """Return how far shifting a batch of maps around before is from after, at most.
+def before_and_after_moving(
+    norm: Callable[[Tensor], Tensor], x: Tensor, shift: int
+) -> tuple[Tensor, Tensor]:
+    """Return what normalising makes of the first of some maps, and of it moved among the others.
 
     Args:
         norm: from (N, C, H, W) to the same shape.
         x: shape (N, C, H, W).
-        shift: in pixels, along the width.
+        shift: in pixels along the width, around the edge; the others stay where they are.
+
+    Returns:
+        Two of shape (C, H, W): of a layer that keeps translation, the second is the first, moved.
     """
-    after, before = norm(x).roll(shift, 3), norm(x.roll(shift, 3))
-    return (after - before).abs().max().item()
+    moved = torch.cat([x[:1].roll(shift, 3), x[1:]])
+    return norm(x)[0], norm(moved)[0]
 
 
 # 6 and 8. The digits

@@ -7,6 +7,8 @@ job go on to the next, which spares their start.
 import itertools
 import json
 import logging
+import statistics
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from chapter import mean_and_error
+from measure import table
+from scipy import stats
 from torch.multiprocessing.spawn import spawn
 
+from syncbn.errors import TrainingError
 from syncbn.train.config import compose_config
 from syncbn.train.loop import train
-from syncbn.train.run_directory import open_run_directory
+from syncbn.train.run_directory import Result, open_run_directory
+from syncbn.train.schema import TrainConfig
 from syncbn.train.sweep import job_name
 
 Data = dict[str, Any]
-RUNS = 4  # of each job, with other seeds
-T_95 = 3.182  # Student's t for 95 % and as many runs
+SEEDS = range(4)
 BATCHES = [2, 4, 8, 16]
 NORMS = ("local", "sync")
+STATISTICS = ("running averages", "recalibrated")
+
+SEEDS_BEFORE = range(2)
+MODELS = ["cnn", "mlp"]
+RATES = [0.01, 0.03, 0.1]
 KINDS = ["none", "penalty", "renormalize", "local", "sync", "whitening"]
+GUESSING = 0.1  # the accuracy that a job counts with whose loss became infinite
 
 
 class _NobodyWatches:
@@ -38,84 +49,156 @@ class _NobodyWatches:
         """Tell nobody."""
 
 
-def _be_rank(rank: int, world_size: int, directory: str, jobs: list[list[str]]) -> None:
+def _be_rank(rank: int, world_size: int, directory: str, configs: list[TrainConfig]) -> None:
     torch.set_num_threads(1)
     logging.getLogger("syncbn").setLevel(logging.ERROR)
     store = f"file://{directory}/rendezvous-{world_size}"
     dist.init_process_group(
         "gloo", store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
-    for job in jobs:
-        config = compose_config([*job, f"run_dir='{directory}/{job_name(job)}'", "track=none"])
+    for config in configs:
         run = open_run_directory(config) if rank == 0 else None
         watch: Any = _NobodyWatches()
-        result = train(config, run, torch.device("cpu"), watch)
+        try:
+            result = train(config, run, torch.device("cpu"), watch)
+        except TrainingError as error:  # on every rank: the loss is not finite any more
+            result = Result("failed", str(error), {}, 0.0, 1)
         if run is not None:
             run.write_result(result)
             print(".", end="", flush=True)
     dist.destroy_process_group()
 
 
-def _train(directory: Path, world_size: int, jobs: list[list[str]]) -> list[float]:
-    """Return the test accuracy at the end of each job, all of which write what a sweep does."""
+def _train(directory: Path, world_size: int, jobs: list[list[str]]) -> list[Path]:
+    """Train each job over so many ranks, and return the directories of their runs."""
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    missing = [job for job in jobs if not (directory / job_name(job) / "result.json").exists()]
-    if missing:
-        (directory / f"rendezvous-{world_size}").unlink(missing_ok=True)
-        spawn(_be_rank, (world_size, str(directory), missing), nprocs=world_size)
-    ends: list[float] = []
-    for job in jobs:
-        *_, last = (directory / job_name(job) / "metrics.jsonl").read_text().splitlines()
-        ends.append(json.loads(last)["test_accuracy"])
-    return ends
+    runs = [directory / job_name(job) for job in jobs]
+    configs = [
+        compose_config([*job, f"run_dir='{run}'", "track=none"])
+        for job, run in zip(jobs, runs, strict=True)
+    ]
+    spawn(_be_rank, (world_size, str(directory), configs), nprocs=world_size)
+    return runs
+
+
+def _new(directory: Path, name: str) -> Path:
+    """Return the name of a directory for the jobs of one experiment, which no other has used."""
+    return directory / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _accuracy(run: Path) -> float:
+    """Return the test accuracy at the end of a job, by the running averages."""
+    if json.loads((run / "result.json").read_text())["status"] == "failed":
+        return GUESSING
+    *_, last = (run / "metrics.jsonl").read_text().splitlines()
+    return json.loads(last)["test_accuracy"]
 
 
 def synchronising(directory: Path) -> Data:
-    """Return accuracies with statistics of each rank and of all, for several batches and ranks."""
-    rows: list[Data] = []
+    """Return accuracies with statistics of each rank and of all, for several batches and ranks.
+
+    After one epoch, by the running averages (of rank 0, as DistributedDataParallel has it). Where
+    ranks have classes of their own, also by the statistics of all training samples instead.
+    """
+    place, rows = _new(directory, "synchronising"), list[Data]()
     for world_size, norms in ((1, ("sync",)), (2, NORMS), (4, NORMS)):
         shares = ("mixed",) if world_size == 1 else ("mixed", "by_class")
         keys = list(itertools.product(shares, BATCHES, norms))
         jobs = [
             [
                 *(f"data.shares={share}", f"data.batch_size={size}", f"norm={norm}"),
-                *(f"launch.nproc={world_size}", f"seed={seed}", "epochs=2"),
+                *(f"launch.nproc={world_size}", f"seed={seed}", "epochs=1"),
+                f"recalibrate={str(share == 'by_class').lower()}",
             ]
             for share, size, norm in keys
-            for seed in range(RUNS)
+            for seed in SEEDS
         ]
-        ends = _train(directory / "synchronising", world_size, jobs)
-        for number, (share, size, norm) in enumerate(keys):
+        runs = iter(_train(place, world_size, jobs))
+        for share, size, norm in keys:
             row: Data = {"ranks": world_size, "shares": share, "batch": size, "norm": norm}
-            rows.append(row | {"accuracies": ends[number * RUNS :][:RUNS]})
-    found = {(r["shares"], r["ranks"], r["batch"], r["norm"]): r["accuracies"] for r in rows}
+            of_seeds = [next(runs) for _ in SEEDS]
+            row["running averages"] = [_accuracy(run) for run in of_seeds]
+            if share == "by_class":
+                results = [json.loads((run / "result.json").read_text()) for run in of_seeds]
+                row["recalibrated"] = [result["metrics"]["test_accuracy"] for result in results]
+            rows.append(row)
+    t_95 = float(stats.t.ppf(0.975, len(SEEDS) - 1))
+    return {"rows": rows, "t": t_95, "gains of sync over local": _gains(rows, t_95)}
+
+
+def _gains(rows: list[Data], t_95: float) -> list[Data]:
+    """Return what sync gains over local in pairs of one seed: at each batch, and at all together.
+
+    With 95 % intervals by Student's t over the seeds; of all batches, over the means of the seeds.
+    """
+    found = {(r["shares"], r["ranks"], r["batch"], r["norm"]): r for r in rows}
     gains: list[Data] = []
-    for share, world_size, size in itertools.product(("mixed", "by_class"), (2, 4), BATCHES):
-        local, sync = (found[share, world_size, size, norm] for norm in NORMS)
-        gain, error = mean_and_error([b - a for a, b in zip(local, sync, strict=True)])
-        row = {"shares": share, "ranks": world_size, "batch": size}
-        gains.append(row | {"gain": gain, "95 %": T_95 * error})
-    return {"rows": rows, "gains of sync over local": gains}
+    for what, share, ranks in itertools.product(STATISTICS, ("mixed", "by_class"), (2, 4)):
+        if what not in found[share, ranks, BATCHES[0], NORMS[0]]:
+            continue
+        pairs = [[found[share, ranks, size, norm][what] for norm in NORMS] for size in BATCHES]
+        by_size = [[b - a for a, b in zip(*pair, strict=True)] for pair in pairs]
+        together = [statistics.mean(of_seed) for of_seed in zip(*by_size, strict=True)]
+        for size, values in [*zip(BATCHES, by_size, strict=True), ("all", together)]:
+            gain, error = mean_and_error(values)
+            row = {"statistics": what, "shares": share, "ranks": ranks, "batch": size}
+            gains.append(row | {"gain": gain, "95 %": t_95 * error})
+    return gains
+
+
+def synchronising_table(data: Data) -> str:
+    """Return the gains of `synchronising` in points; in bold, where 0 is outside the interval."""
+    cells: dict[Any, Data] = {}
+    for row in data["gains of sync over local"]:
+        gain = f"{100 * row['gain']:+.1f} ± {100 * row['95 %']:.1f}".replace("-", "−")
+        line = cells.setdefault(row["batch"], {"batch of a rank": str(row["batch"])})
+        again = ", recalibrated" if row["statistics"] == "recalibrated" else ""
+        column = f"{row['ranks']} ranks, {row['shares'].replace('_', ' ')}{again}"
+        line[column] = f"**{gain}**" if abs(row["gain"]) > row["95 %"] else gain
+    return table(list(cells.values()))
 
 
 def before(directory: Path) -> Data:
-    """Return what came before BN, BN and whitening, on a CNN and a deep perceptron."""
-    models = {"cnn": ["model=cnn"], "mlp of 8 layers": ["model=mlp"]}
-    models["mlp of 20 layers"] = ["model=mlp", "model.depth=20"]
-    rows: list[Data] = []
-    keys = list(itertools.product(models, KINDS))
+    """Return what came before BN, BN and whitening, on a CNN and a perceptron, over rates."""
+    keys = list(itertools.product(MODELS, KINDS, RATES))
     jobs = [
-        [*models[model], f"norm={kind}", "launch.nproc=2", f"seed={seed}", "epochs=4"]
-        for model, kind in keys
-        for seed in range(RUNS)
+        [
+            *(f"model={model}", f"norm={kind}", f"optim.lr={rate}", "launch.nproc=2"),
+            *(f"seed={seed}", "epochs=3", "log_every_steps=1"),
+        ]
+        for model, kind, rate in keys
+        for seed in SEEDS_BEFORE
     ]
-    place = directory / "before"
-    ends = _train(place, 2, jobs)
-    for number, (model, kind) in enumerate(keys):
-        row: Data = {"model": model, "norm": kind, "accuracies": ends[number * RUNS :][:RUNS]}
-        if kind == "renormalize":
-            lines = (place / job_name(jobs[number * RUNS]) / "steps.jsonl").read_text()
-            row["steps"] = [json.loads(line) for line in lines.splitlines()]
-        rows.append(row)
-    return {"rows": rows}
+    # What renormalising finds to undo where nothing is learned: each batch is another one.
+    still = [
+        [f"model={model}", "norm=renormalize", "optim.lr=1e-12", "launch.nproc=2", *jobs[0][-3:]]
+        for model in MODELS
+    ]
+    *runs, first, second = _train(_new(directory, "before"), 2, [*jobs, *still])
+    rows: list[Data] = []
+    undone: list[Data] = []
+    for number, (model, kind, rate) in enumerate(keys):
+        of_seeds = runs[number * len(SEEDS_BEFORE) :][: len(SEEDS_BEFORE)]
+        row: Data = {"model": model, "norm": kind, "lr": rate}
+        rows.append(row | {"accuracies": [_accuracy(run) for run in of_seeds]})
+        if kind == "renormalize" and rate == RATES[-1]:
+            undone.append({"model": model, "lr": rate, "ln σ": _undone(of_seeds[0])})
+    for model, run in zip(MODELS, (first, second), strict=True):
+        undone.append({"model": model, "lr": 0.0, "ln σ": _undone(run)})
+    return {"rows": rows, "undone": undone}
+
+
+def _undone(run: Path) -> list[float]:
+    """Return the root mean square of ln σ over all units that renormalising undid, by step."""
+    lines = (run / "steps.jsonl").read_text().splitlines()
+    return [json.loads(line)["undone_log_scale"] for line in lines]
+
+
+def before_table(data: Data) -> str:
+    """Return the accuracies of `before` in percent: the mean over the seeds."""
+    cells: dict[str, Data] = {kind: {"norm": f"`{kind}`"} for kind in KINDS}
+    for row in data["rows"]:
+        text = f"{100 * statistics.mean(row['accuracies']):.1f}"
+        cells[row["norm"]][f"{row['model']}, {row['lr']:g}"] = text
+    return table(list(cells.values()))

@@ -3,47 +3,58 @@
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import matplotlib as mpl
 import torch
+import why_plots as plots
 from chapter import (
+    PositionNorm,
     accuracy,
     accuracy_by_batch,
+    before_and_after_moving,
     chain_step,
     cost_of_order,
     digits,
+    followed_gradient,
     gradient_at_zero_variance,
     mean_and_error,
+    means_while_learning,
     newton_step,
     perceptron,
     second_order_term,
-    steps_to_move_the_mean,
+    steps_until_there,
     train_chain,
     train_on,
 )
-from experiments import BATCHES, KINDS, NORMS, T_95, before, synchronising
-from matplotlib.axes import Axes
+from document import write_table
+from experiments import before, before_table, synchronising, synchronising_table
 from matplotlib.figure import Figure
-from plots import BLUE, GREEN, GREY, ORANGE
+from measure import Rows, on_ranks, table, take_turns
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import syncbn
 
 Data = dict[str, Any]
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-LAYERS = [2, 3, 5, 10, 20, 35, 50]
+LAYERS = range(2, 51)
 SCALES = [0.5, 0.9, 1.0, 1.1, 1.2]
 EPSILON = 1e-2
-RATES = [10 ** (exponent / 4) for exponent in range(-12, 5)]
+RATES = [10 ** (exponent / 4) for exponent in range(-20, 5)]
+CHAIN_SCALES = [0.8, 1.0, 1.2]
 SEEDS = range(5)
+MEAN_RATES = [0.1, 0.25, 0.5, 1.0]
 SEEDS_ON_DIGITS = range(30)
 TEST_BATCHES = [2, 4, 8, 15, 30, 60, 120]  # divisors of 360 test images
+CHANNELS = (16, 32, 64, 128, 256, 512)
 
 
 def main() -> None:
@@ -53,7 +64,12 @@ def main() -> None:
         "directory", nargs="?", type=Path, default=Path("runs/why"), help="default: %(default)s"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--write", action="store_true", help="copy the pictures to docs/images")
+    parser.add_argument(
+        "--write", action="store_true", help="put pictures and tables into docs/ too"
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="only draw, from the data that a run before has left"
+    )
     arguments = parser.parse_args()
     places = [arguments.directory, *([IMAGES] if arguments.write else [])]
     for place in places:
@@ -67,109 +83,111 @@ def main() -> None:
         started = time.monotonic()
         print(f"{name} …", end=" ", flush=True)
         compute, draw = SECTIONS[name]
-        data = compute(arguments.directory)
-        (arguments.directory / f"{name}.json").write_text(json.dumps(data, indent=1))
-        picture = draw(data)
-        for place in places:
-            picture.savefig(place / f"why-{name}.png", dpi=120, facecolor="white")
+        file = arguments.directory / f"{name}.json"
+        if not arguments.draw:
+            file.write_text(json.dumps(compute(arguments.directory), indent=1))
+        elif not file.exists():
+            sys.exit(f"why.py: there is no {file} to draw; leave out --draw")
+        data = json.loads(file.read_text())
+        with mpl.rc_context(plots.STYLE):
+            picture = draw(data)
+            for place in places:
+                picture.savefig(place / f"why-{name}.png")
+        if arguments.write and name in TABLES:
+            write_table("why.md", f"why.py {name}", TABLES[name](data))
         print(f"{time.monotonic() - started:.0f} s", flush=True)
     print(f"data and pictures are in {arguments.directory}")
 
 
 def _chain(directory: Path) -> Data:
     """Return the orders of a step in chains of several depths and scales of weights."""
-    rows: list[Data] = []
-    for layers in LAYERS:
-        for scale in SCALES:
-            weights = torch.full((layers,), scale, dtype=torch.float64)
-            step = chain_step(weights, EPSILON)
-            rows.append(
-                {
-                    "layers": layers,
-                    "scale": scale,
-                    "orders": step.orders.tolist(),
-                    "predicted": step.predicted,
-                    "actual": step.actual,
-                    "one second-order term": second_order_term(weights, EPSILON),
-                    "orders 3 and up": step.beyond_second,
-                    "Newton's step, by its model and in fact": newton_step(weights),
-                }
-            )
+    rows: Rows = []
+    for layers, scale in itertools.product(LAYERS, SCALES):
+        weights = torch.full((layers,), scale, dtype=torch.float64)
+        step = chain_step(weights, EPSILON)
+        rows.append(
+            {
+                "layers": layers,
+                "scale": scale,
+                "orders": step.orders.tolist(),
+                "predicted": step.predicted,
+                "actual": step.actual,
+                "one second-order term": second_order_term(weights, EPSILON),
+                "orders 3 and up": step.beyond_second,
+                "Newton's step, by its model and in fact": newton_step(weights),
+            }
+        )
     costs = {order: cost_of_order(50, order) for order in (1, 2, 3, 5, 10, 25)}
     return {"epsilon": EPSILON, "rows": rows, "derivatives of 50 layers by order": costs}
 
 
-def _draw_chain(data: Data) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = list(figure.subplots(1, 2))
-    deep = [row for row in data["rows"] if row["layers"] == LAYERS[-1]]
-    for row, colour in zip(deep, (GREY, GREEN, BLUE, ORANGE, "black"), strict=True):
-        sizes = [abs(term) for term in row["orders"][1:]]
-        shown = [(order, size) for order, size in enumerate(sizes, 1) if size > 1e-300]
-        left.plot(*zip(*shown, strict=True), color=colour, label=f"w = {row['scale']}")
-        rows = [each for each in data["rows"] if each["scale"] == row["scale"]]
-        ratios = [abs(each["actual"] / each["predicted"]) for each in rows]
-        right.plot(LAYERS, ratios, color=colour, marker="o", label=f"w = {row['scale']}")
-    left.set(xlabel="order k in ε", ylabel=f"|term of order k|, {LAYERS[-1]} layers", yscale="log")
-    left.set_ylim(1e-60, 1e100)
-    left.set_title("one step, term by term", fontsize=10)
-    right.axhline(1, color="black", linewidth=1, linestyle="--")
-    right.set(xlabel="layers l", ylabel="|actual change| / |predicted by εgᵀg|", yscale="log")
-    right.set_ylim(1e-3, 1e5)  # the last point of the largest weights lies far beyond
-    right.set_title("what the whole step does", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    for panel in (left, right):
-        _clear(panel)
-    largest = max(range(len(deep[-2]["orders"]) - 1), key=lambda k: abs(deep[-2]["orders"][k + 1]))
-    figure.suptitle(
-        f"With weights of {SCALES[-2]} and {LAYERS[-1]} layers, the term of order {largest + 1} is "
-        "the largest, not the first"
-    )
-    return figure
+def _chain_table(data: Data) -> str:
+    rows: Rows = []
+    for row in data["rows"]:
+        if row["layers"] == LAYERS[-1]:
+            values = {
+                "predicted": row["predicted"],
+                "actual": row["actual"],
+                "ε²g₁g₂∏wᵢ (one term of order 2)": row["one second-order term"],
+                "all of order 2": row["orders"][2],
+                "orders 3 and up": row["orders 3 and up"],
+            }
+            shown = {name: _short(value) for name, value in values.items()}
+            rows.append({"weights": str(row["scale"])} | shown)
+    return table(rows)
+
+
+def _short(value: float) -> str:
+    if 1e-2 <= abs(value) < 1e3:
+        return f"{value:.3g}".replace("-", "−")
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}".replace("-", "−")
 
 
 def _rates(directory: Path) -> Data:
     """Return the final losses of chains with and without BN, over learning rates."""
-    rows: list[Data] = []
-    for normalise in (True, False):
-        for lr in RATES:
-            finals = [train_chain(normalise, lr, 20, 300, seed)[-1] for seed in SEEDS]
-            rows.append({"normalised": normalise, "lr": lr, "losses": finals})
+    rows: Rows = []
+    for normalise, scale in itertools.product((True, False), CHAIN_SCALES):
+        rates = torch.tensor(RATES, dtype=torch.float64)
+        chains = [train_chain(normalise, rates, 20, 300, seed, scale)[-1] for seed in SEEDS]
+        finals = zip(RATES, torch.stack(chains, 1).tolist(), strict=True)
+        rows += [
+            {"normalised": normalise, "scale": scale, "lr": lr, "losses": losses}
+            for lr, losses in finals
+        ]
     return {"rows": rows}
 
 
-def _draw_rates(data: Data) -> Figure:
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    panel = figure.subplots()
-    good: dict[bool, list[float]] = {}
-    for normalised, colour, label, shift in (
-        (True, BLUE, "with BN", 0.96),
-        (False, ORANGE, "without", 1.04),
-    ):
-        rows = [row for row in data["rows"] if row["normalised"] == normalised]
-        for row in rows:
-            losses = [min(max(loss, 1e-12), 1e3) for loss in row["losses"]]
-            # Beside each other, so that neither hides the other where both diverge.
-            panel.plot([row["lr"] * shift] * len(losses), losses, "o", color=colour, alpha=0.4)
-        middle = [sorted(min(max(x, 1e-12), 1e3) for x in row["losses"])[2] for row in rows]
-        panel.plot([row["lr"] * shift for row in rows], middle, color=colour, label=label)
-        good[normalised] = [
-            row["lr"] for row, loss in zip(rows, middle, strict=True) if loss < 1e-2
-        ]
-    panel.set(xscale="log", yscale="log", xlabel="learning rate")
-    panel.set_ylabel("loss after 300 steps\n(1000: diverged; points: 5 seeds, line: median)")
-    panel.legend(frameon=False)
-    _clear(panel)
-    figure.suptitle(
-        f"A chain of 20 layers learns at rates up to {max(good[True]):.2g} with BN, up to "
-        f"{max(good[False]):.2g} without"
-    )
-    return figure
+def _gradient(directory: Path) -> Data:
+    """Return mean and deviation of a unit's activations, the more they follow their gradient.
+
+    Of two ranks with unequal shares, which is to rounding what one computes of all samples.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes, centres = [24, 40], [0.0, 2.0]
+    h, dy = (torch.randn(sum(sizes), 1, generator=generator).double() for _ in range(2))
+    rank = torch.tensor([0, 1]).repeat_interleave(torch.tensor(sizes))[:, None]
+    h += torch.tensor(centres)[rank]
+    dy += 1.5 + 0.8 * h - 2 * rank  # asks for less of all, closer together, and the ranks apart
+    rows: Rows = []
+    for name, constants in (("through μ and σ", False), ("μ and σ as constants", True)):
+        for step in torch.linspace(0, 1, 21).tolist():
+            moved = followed_gradient(h, dy, step, constants)
+            rows.append(
+                {
+                    "gradient": name,
+                    "step": step,
+                    "mean": moved.mean().item(),
+                    "deviation": moved.std(correction=0).item(),
+                    "means of the ranks": [part.mean().item() for part in moved.split(sizes)],
+                }
+            )
+    return {"rows": rows}
 
 
 def _delta(directory: Path) -> Data:
     """Return the gradient at zero variance for several δ and dtypes."""
-    rows: list[Data] = []
+    rows: Rows = []
     for exponent in range(-14, 1):
         row: Data = {"eps": 10.0**exponent}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -181,30 +199,30 @@ def _delta(directory: Path) -> Data:
     return {"rows": rows}
 
 
-def _draw_delta(data: Data) -> Figure:
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    panel = figure.subplots()
-    for dtype, colour, marker in (
-        ("float32", BLUE, "o"),
-        ("bfloat16", ORANGE, "x"),
-        ("float16", GREEN, "s"),
-    ):
-        rows = [row for row in data["rows"] if row[dtype] < float("inf")]
-        panel.plot(
-            *([row[key] for row in rows] for key in ("eps", dtype)),
-            color=colour, marker=marker, label=dtype, linestyle="none", markerfacecolor="none",
-        )  # fmt: skip
-    lowest = min(row["eps"] for row in data["rows"] if row["float16"] < float("inf"))
-    panel.axhline(65504, color=GREEN, linewidth=1, linestyle="--")
-    panel.annotate("float16 ends here", (1e-4, 8e4), fontsize=8, color=GREEN)
-    panel.set(xscale="log", yscale="log", xlabel="δ (eps)", ylabel="|gradient| at zero variance")
-    panel.legend(frameon=False)
-    _clear(panel)
-    figure.suptitle(
-        f"The gradient is 1/√δ: finite down to δ = {lowest:.0e} in float16, and beyond in the "
-        "others"
-    )
-    return figure
+def _mean(directory: Path) -> Data:
+    """Return how a unit's mean gets to where it is wanted, by β alone and by everything."""
+    rows: Rows = []
+    for rate, normalise in itertools.product(MEAN_RATES, (True, False)):
+        means = [means_while_learning(normalise, rate, seed, 50) for seed in range(10)]
+        steps = [steps_until_there(each) for each in means]
+        rows.append({"lr": rate, "normalised": normalise, "means": means, "steps": steps})
+    return {"rows": rows}
+
+
+def _translation(directory: Path) -> Data:
+    """Return a digit, it moved, and both normalised among others that stay."""
+    images = digits().x[:64].reshape(-1, 1, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    places = [0, *torch.randint(5, (len(images) - 1,), generator=generator).tolist()]
+    wide = zip(images, places, strict=True)
+    x = torch.stack([pad(image, (place, 4 - place)) for image, place in wide]).double()
+    layers: Mapping[str, Callable[[Tensor], Tensor]] = {
+        "image": lambda x: x,
+        "μ and σ of the map": syncbn.SyncBatchNorm(1, dtype=torch.float64),
+        "μ and σ of each position": PositionNorm(),
+    }
+    pairs = {name: before_and_after_moving(layer, x, 4) for name, layer in layers.items()}
+    return {"images": {name: [y[0].tolist() for y in pair] for name, pair in pairs.items()}}
 
 
 def _digits(directory: Path) -> Data:
@@ -225,187 +243,66 @@ def _digits(directory: Path) -> Data:
                     value = accuracy_by_batch(data, model, size, order)
                     found.setdefault(str(size), []).append(value)
     gain = [a - b for a, b in zip(places["before"], places["after"], strict=True)]
-    moves = {
-        str(normalise): [steps_to_move_the_mean(normalise, 0.5, seed) for seed in range(10)]
-        for normalise in (True, False)
-    }
     return {
         "places": places,
         "before less after, mean and standard error": mean_and_error(gain),
         "batch": sizes,
-        "steps to a mean": moves,
     }
 
 
-def _draw_digits(data: Data) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = list(figure.subplots(1, 2, width_ratios=[1, 2]))
-    found = {place: mean_and_error(values) for place, values in data["places"].items()}
-    for number, (mean, error) in enumerate(found.values()):
-        left.errorbar(number, 100 * mean, 200 * error, color=BLUE, marker="o", capsize=4)
-    left.set_xticks(range(len(found)), ["before\nReLU", "after\nReLU", "no BN"])
-    left.set_xlim(-0.5, len(found) - 0.5)
-    left.set_ylabel("test accuracy / %, ± 2 standard errors")
-    for (name, by_size), colour in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
-        style = {"color": colour, "label": f"statistics of the batch, {name}"}
-        _intervals(right, [int(size) for size in by_size], list(by_size.values()), 2, style)
-    running, _ = found["before"]
-    right.axhline(100 * running, color=GREEN, linestyle="--", label="running averages, any batch")
-    _sizes(right, TEST_BATCHES)
-    right.set(xlabel="samples in a test batch", ylabel="test accuracy / %, ± 2 standard errors")
-    right.legend(frameon=False, fontsize=8)
-    for panel in (left, right):
-        _clear(panel)
-    two, _ = mean_and_error(data["batch"]["mixed"]["2"])
-    figure.suptitle(
-        f"Evaluated in pairs by their own statistics, {100 * two:.0f} % are right; by running "
-        f"averages, {100 * running:.0f} %, one by one"
-    )
-    return figure
+def _forward_and_backward(layer: nn.Module, x: Tensor, dy: Tensor) -> None:
+    layer(x).backward(dy)
 
 
-def _draw_synchronising(data: Data) -> Figure:
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    panels: list[list[Axes]] = figure.subplots(2, 2, sharex=True, sharey="row").tolist()
-    rows = data["rows"]
-    for line, share in zip(panels, ("mixed", "by_class"), strict=True):
-        for panel, ranks in zip(line, (2, 4), strict=True):
-            for norm, colour, shift in zip(NORMS, (ORANGE, BLUE), (0.97, 1.03), strict=True):
-                found = [
-                    r for r in rows if (r["ranks"], r["shares"], r["norm"]) == (ranks, share, norm)
-                ]
-                style = {"color": colour, "label": f"norm={norm}"}
-                places = [row["batch"] * shift for row in found]
-                _intervals(panel, places, [row["accuracies"] for row in found], T_95, style)
-            _sizes(panel, BATCHES)
-            panel.set_title(f"{ranks} ranks, data.shares={share}", fontsize=10)
-            _clear(panel)
-        line[0].set_ylabel("test accuracy / %\n(95 % intervals)")
-    for panel in panels[1]:
-        panel.set_xlabel("batch of a rank")
-    panels[0][0].legend(frameon=False)
-    gains = data["gains of sync over local"]
-    best = max(gains, key=lambda row: row["gain"])
-    real = sum(abs(row["gain"]) > row["95 %"] for row in gains)
-    figure.suptitle(
-        f"Synchronising gains up to {100 * best['gain']:.1f} points ({best['ranks']} ranks, "
-        f"batches of {best['batch']}, {best['shares']}); {real} of {len(gains)} differences are "
-        "beyond chance"
-    )
-    return figure
-
-
-def _draw_before(data: Data) -> Figure:
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    left, right = list(figure.subplots(1, 2, width_ratios=[3, 2]))
-    models = list(dict.fromkeys(row["model"] for row in data["rows"]))
-    for offset, (model, colour) in enumerate(zip(models, (BLUE, ORANGE, GREEN), strict=True)):
-        found = [row["accuracies"] for row in data["rows"] if row["model"] == model]
-        places = [place + 0.15 * (offset - 1) for place in range(len(KINDS))]
-        style = {"color": colour, "label": model, "linestyle": "none"}
-        _intervals(left, places, found, T_95, style)
-        (undone,) = [r["steps"] for r in data["rows"] if r["model"] == model and "steps" in r]
-        steps = [line["step"] for line in undone]
-        sizes = [line["undone_log_scale"] for line in undone]
-        right.plot(steps, sizes, color=colour, label=model)
-    left.set_xticks(range(len(KINDS)), KINDS, rotation=20)
-    left.set_ylim(0, 102)
-    left.set_ylabel("test accuracy / % after 4 epochs (95 % intervals)")
-    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.4))
-    right.set(yscale="log", xlabel="step", ylabel="change of ln σ that renormalising undoes")
-    for panel in (left, right):
-        _clear(panel)
-    deep = {
-        r["norm"]: mean_and_error(r["accuracies"])[0]
-        for r in data["rows"]
-        if r["model"] == models[-1]
-    }
-    figure.suptitle(
-        f"20 layers deep, batch normalization reaches {100 * deep['sync']:.0f} %, none "
-        f"{100 * deep['none']:.0f} %, a penalty {100 * deep['penalty']:.0f} %, renormalising "
-        f"{100 * deep['renormalize']:.0f} %"
-    )
-    return figure
-
-
-def _whitening(directory: Path) -> Data:
-    """Return the time of whitening over that of batch normalization, for more and more channels."""
-    rows: list[Data] = []
-    for channels in (16, 32, 64, 128, 256, 512):
+def _whitening_times(turns: int) -> Rows:
+    rows: Rows = []
+    for channels in CHANNELS:
         x = torch.randn(16, channels, 8, 8, requires_grad=True)
-        layers: dict[str, torch.nn.Module] = {
+        dy = torch.randn(x.shape)
+        layers: dict[str, nn.Module] = {
             "batch normalization": syncbn.SyncBatchNorm(channels),
+            "whitening, groups of 1": syncbn.SyncWhitening(channels, 1),
             "groups of 16": syncbn.SyncWhitening(channels, 16),
             "all, zca": syncbn.SyncWhitening(channels, channels),
             "all, newton": syncbn.SyncWhitening(channels, channels, "newton"),
         }
-        times: dict[str, list[float]] = {name: [] for name in layers}
-        for _ in range(7):
-            for name, layer in layers.items():
-                started = time.perf_counter()
-                layer(x).sum().backward()
-                times[name].append(1e3 * (time.perf_counter() - started))
-        rows.append({"channels": channels} | {k: statistics.median(v) for k, v in times.items()})
-    return {"input": "16×C×8×8, float32, one rank, one thread", "milliseconds": rows}
+        steps = {name: partial(_forward_and_backward, each, x, dy) for name, each in layers.items()}
+        times = take_turns(steps, turns)
+        rows.append({"C": channels} | {name: 1e3 * taken for name, taken in times.items()})
+    return rows
 
 
-def _draw_whitening(data: Data) -> Figure:
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    panel = figure.subplots()
-    rows = data["milliseconds"]
-    channels = [row["channels"] for row in rows]
-    names = [name for name in rows[0] if name != "channels"]
-    for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY), strict=True):
-        panel.plot(channels, [row[name] for row in rows], "o-", color=colour, label=name)
-    _sizes(panel, channels)
-    panel.set(yscale="log", xlabel="channels C", ylabel="forward and backward / ms")
-    panel.legend(frameon=False)
-    _clear(panel)
-    ratios = [row["all, zca"] / row["batch normalization"] for row in (rows[0], rows[-1])]
-    figure.suptitle(
-        f"Whitening 16 channels together takes {ratios[0]:.0f} times as long as batch "
-        f"normalization, 512 channels {ratios[1]:.0f} times",
-        fontsize=11,
-    )
-    return figure
+def _whitening(directory: Path) -> Data:
+    """Return the time of whitening beside that of batch normalization, as channels grow."""
+    return {
+        "input": "16×C×8×8 on each rank, float32, one thread",
+        "milliseconds by ranks": {f"{n}": on_ranks(n, _whitening_times, 5) for n in (1, 2)},
+    }
 
 
-def _intervals(
-    panel: Axes,
-    places: Sequence[float],
-    samples: Sequence[Sequence[float]],
-    errors: float,
-    style: Mapping[str, Any],
-) -> None:
-    """Draw means of accuracies as percentages, give or take so many standard errors."""
-    found = [mean_and_error(values) for values in samples]
-    means = [100 * mean for mean, _ in found]
-    ends = [100 * errors * error for _, error in found]
-    panel.errorbar(places, means, ends, marker="o", capsize=3, **style)
-
-
-def _sizes(panel: Axes, sizes: Sequence[int]) -> None:
-    """Give the panel a logarithmic axis with a tick at each size."""
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(sizes, [str(size) for size in sizes])
-    panel.minorticks_off()
-
-
-def _clear(panel: Axes) -> None:
-    panel.grid(color="#dddddd", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+def _whitening_table(data: Data) -> str:
+    times = data["milliseconds by ranks"]
+    return table([{"ranks": ranks} | row for ranks, rows in times.items() for row in rows])
 
 
 Section = tuple[Callable[[Path], Data], Callable[[Data], Figure]]
 SECTIONS: Mapping[str, Section] = {
-    "chain": (_chain, _draw_chain),
-    "rates": (_rates, _draw_rates),
-    "delta": (_delta, _draw_delta),
-    "digits": (_digits, _draw_digits),
-    "before": (before, _draw_before),
-    "whitening": (_whitening, _draw_whitening),
-    "synchronising": (synchronising, _draw_synchronising),
+    "chain": (_chain, plots.chain),
+    "rates": (_rates, plots.rates),
+    "gradient": (_gradient, plots.gradient),
+    "delta": (_delta, plots.delta),
+    "mean": (_mean, plots.mean),
+    "translation": (_translation, plots.translation),
+    "digits": (_digits, plots.digits),
+    "before": (before, plots.before),
+    "whitening": (_whitening, plots.whitening),
+    "synchronising": (synchronising, plots.synchronising),
+}
+TABLES: Mapping[str, Callable[[Data], str]] = {
+    "chain": _chain_table,
+    "before": before_table,
+    "whitening": _whitening_table,
+    "synchronising": synchronising_table,
 }
 
 

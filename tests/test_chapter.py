@@ -14,17 +14,19 @@ from scripts.chapter import (
     Digits,
     PositionNorm,
     accuracy_by_batch,
+    before_and_after_moving,
     chain_gradient,
     chain_step,
     cost_of_order,
+    followed_gradient,
     gamma_and_beta_of,
     gradient_at_zero_variance,
     gradient_with_delta_outside,
+    means_while_learning,
     newton_step,
     second_order_term,
-    steps_to_move_the_mean,
+    steps_until_there,
     train_chain,
-    translation_error,
 )
 from syncbn.errors import InputError
 from tests.support.world import run_world
@@ -157,10 +159,31 @@ def test_lower_layers_matter_only_by_a_sign_or_a_zero() -> None:
     assert torch.equal(output(0), torch.zeros_like(x))
 
 
-def test_normalised_chain_learns_at_rates_where_the_plain_one_diverges() -> None:
-    for lr in (0.1, 1.0):
-        assert train_chain(True, lr, 20, 200, 0)[-1] < 1e-6
-    assert not train_chain(False, 1.0, 20, 200, 0)[-1] < 1e-2
+def test_delta_shows_where_the_variance_below_is_small() -> None:
+    x = _normal(64, 1)
+    x = (x - x.mean()) / x.std(correction=0)
+    for weight, kept in ((1.0, 0.99999), (0.7, 0.116), (0.5, 3.64e-7)):
+        normal = syncbn.sync_batch_norm(x * weight**19)[0]  # with the usual eps of 1e-5
+        variance = weight**38
+        assert float(normal.var(correction=0)) == pytest.approx(variance / (variance + 1e-5))
+        assert variance / (variance + 1e-5) == pytest.approx(kept, rel=1e-2)
+
+
+def test_normalised_chain_learns_at_the_same_rates_whatever_its_weights_and_depth() -> None:
+    rates = torch.tensor([0.03, 0.1, 1.0], dtype=torch.float64)
+    for layers, scale in ((5, 1.0), (20, 0.8), (20, 1.2), (50, 1.0)):
+        assert (train_chain(True, rates, layers, 300, 0, scale)[-1] < 1e-6).all()
+    for scale, works in ((0.8, [True, False]), (1.2, [False, False])):
+        plain = train_chain(False, torch.tensor([1e-2, 1e-1]).double(), 20, 300, 0, scale)[-1]
+        assert (plain < 1e-2).tolist() == works
+
+
+def test_chains_of_several_rates_are_those_of_each_rate() -> None:
+    rates = torch.tensor([0.01, 0.3], dtype=torch.float64)
+    for normalise in (True, False):
+        together = train_chain(normalise, rates, 5, 30, 1)
+        alone = [train_chain(normalise, rate[None], 5, 30, 1) for rate in rates]
+        torch.testing.assert_close(together, torch.cat(alone, 1))
 
 
 # 3. What the gradient never proposes
@@ -211,6 +234,21 @@ def test_part_along_the_deviation_is_small_by_delta(sizes: tuple[int, ...]) -> N
     assert ((deviation - eps / (variance + eps) * of_constant).abs() < 1e-13 * size).all()
 
 
+def test_following_the_gradient_moves_no_mean_and_a_deviation_in_second_order_only() -> None:
+    h, dy = 3 + 2 * _normal(40, 1), 1 + _normal(40, 1, seed=1)
+    mean, variance = h.mean(), h.var(correction=0)
+    for step in (0.1, 2.0):
+        ours, constant = (followed_gradient(h, dy, step, constants) for constants in (False, True))
+        assert float(ours.mean()) == pytest.approx(float(mean), abs=1e-13)
+        # Pythagoras: what is added has no part along ĥ.
+        added = (ours - h).square().mean()
+        assert float(ours.var(correction=0)) == pytest.approx(float(variance + added), rel=1e-11)
+        # Were σ a constant, the gradient would be dy/σ.
+        expected = h - step * dy / variance.sqrt()
+        torch.testing.assert_close(constant, expected, rtol=0, atol=1e-13)
+        assert abs(float(constant.mean() - mean)) > 0.3 * step
+
+
 # 4. δ inside the root
 
 
@@ -230,8 +268,10 @@ def test_half_precision_supports_no_smaller_delta_than_its_largest_number() -> N
     with pytest.warns(UserWarning, match=r"eps is 2.2e-10: .*float16 cannot hold; .* 2.3e-10"):
         gradient = gradient_at_zero_variance(2.2e-10, torch.float16)
     assert not gradient.isfinite().any()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         assert gradient_at_zero_variance(1e-30, dtype).isfinite().all()
+        with pytest.warns(UserWarning, match="eps is 0"):
+            gradient_at_zero_variance(0, dtype)
 
 
 # 5. γ and β
@@ -253,10 +293,14 @@ def test_mean_of_the_output_is_beta_whatever_happens_below() -> None:
 
 
 def test_beta_moves_the_mean_in_as_many_steps_whatever_is_below() -> None:
-    steps = [steps_to_move_the_mean(True, 0.5, seed) for seed in range(4)]
-    # The error halves with each step: 2⁻⁷ < 0.01.
-    assert steps == [7] * 4
-    assert len({steps_to_move_the_mean(False, 0.5, seed) for seed in range(4)}) > 1
+    for seed in range(4):
+        means = means_while_learning(True, 0.5, seed, 10)
+        # The error halves with each step: 2⁻⁷ < 0.01.
+        assert means == pytest.approx([1 - 0.5**step for step in range(11)], abs=1e-12)
+        assert steps_until_there(means) == 7
+    plain = {steps_until_there(means_while_learning(False, 0.5, seed, 30)) for seed in range(4)}
+    assert len(plain - {None}) > 1
+    assert steps_until_there([0, 0.5]) is None
 
 
 # 6. The bias
@@ -277,16 +321,12 @@ def test_bias_before_batch_normalization_does_nothing() -> None:
 
 def test_same_statistics_at_all_positions_keep_translation() -> None:
     x = _normal(8, 3, 6, 6)
-    x[:, :, :, :3] += 5  # positions differ
+    x[..., :3] += 5  # positions differ
     shared = syncbn.SyncBatchNorm(3, dtype=torch.float64)
-    assert translation_error(shared, x, 2) < 1e-13
-    assert translation_error(PositionNorm(), x, 2) < 1e-13  # a whole batch that moves
-    # One image that moves among others that stay is where positions show.
-    one = x.clone()
-    one[0] = x[0].roll(2, 2)
-    for norm, moves_along in ((shared, True), (PositionNorm(), False)):
-        moved, stayed = norm(one)[0], norm(x)[0].roll(2, 2)
-        assert torch.allclose(moved, stayed, atol=1e-12) == moves_along
+    before, after = before_and_after_moving(shared, x, 2)
+    torch.testing.assert_close(after, before.roll(2, 2), rtol=0, atol=1e-13)
+    before, after = before_and_after_moving(PositionNorm(), x, 2)
+    assert (after - before.roll(2, 2)).abs().mean() > 0.5
 
 
 # 8. Test time

@@ -41,6 +41,11 @@ def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:
     for name in ("chain", "delta"):
         assert json.loads((tmp_path / "why" / f"{name}.json").read_text())["rows"]
         assert (tmp_path / "why" / f"why-{name}.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "why" / "why-delta.png").unlink()
+    again = run([*command, "--only", "delta", "rates", "--draw"], tmp_path, timeout_s=120)
+    assert again.returncode == 1
+    assert "there is no why/rates.json to draw; leave out --draw" in again.stdout
+    assert (tmp_path / "why" / "why-delta.png").exists()
 
 
 def test_claims_cannot_be_drawn_where_nothing_can_be_written(tmp_path: Path) -> None:
