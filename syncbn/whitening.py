@@ -359,7 +359,7 @@ class _GlobalStatistics(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
         values, offset, count = ctx.saved_tensors
         add_up = global_sum if torch.compiler.is_compiling() else differentiable_sum
-        sums = torch.cat([grads[0].flatten(), _upper(grads[1] + grads[1].mT)])
+        sums = torch.cat([grads[0].reshape(-1), _upper(grads[1] + grads[1].mT)])
         sums = add_up(sums, ctx.call) / count.clamp(min=1)
         of_mean, of_products = sums.split([offset.numel(), sums.numel() - offset.numel()])
         of_mean = of_mean.reshape(offset.shape) - (
@@ -406,7 +406,7 @@ def _summed(count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, call:
 def _upper(matrices: Tensor) -> Tensor:
     """Return the upper triangles of symmetric matrices, one after the other."""
     rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
-    return matrices[:, rows, columns].flatten()
+    return matrices[:, rows, columns].reshape(-1)
 
 
 def _symmetric(triangles: Tensor, size: int) -> Tensor:

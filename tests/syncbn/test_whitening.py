@@ -235,6 +235,16 @@ def test_second_derivative_leads_over_all_ranks(method: str) -> None:
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), x.grad)
 
 
+def test_many_gradients_at_once_are_each_ones() -> None:
+    case = Case(((4, 6, 3),))
+    x, _ = case.share(0, 0)
+    y = _layer({}, torch.float64)(x.requires_grad_())
+    dys = torch.stack([case.share(0, step)[1] for step in (1, 2)])
+    (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
 def test_root_is_differentiable_where_eigenvalues_are_equal() -> None:
     directions = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     identity = 2 * torch.eye(4).double().expand(2, 4, 4)
