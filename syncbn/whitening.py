@@ -5,8 +5,6 @@ Batch normalization is its special case of groups of one channel.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,22 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.collectives import SingleReplica
-from syncbn.differentiable import differentiable_sum
+from syncbn.covariance import global_covariance
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
-from syncbn.moments import COUNT_LIMIT, Moments, add_fingerprint, checked_count
-from syncbn.reduction import (
-    Call,
-    compiled_call,
-    global_sum,
-    group_name,
-    refuse,
-    remembered,
-    require_same_call,
-    require_two_values,
-    single_value,
-    sum_forward,
-)
+from syncbn.inverse_root import inverse_root
+from syncbn.reduction import Call, refuse, require_two_values
 from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
 
 Method = Literal["zca", "newton"]
@@ -210,8 +197,7 @@ class SyncWhitening(Synchronised):
         # result does not depend on what values are summed about.
         own = values.detach().sum(2) / max(number, 1)
         values = values - own[..., None]
-        outputs: tuple[Tensor, ...] = _GlobalStatistics.apply(values, own, call)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
-        offset, covariance, count, mean, rounding = outputs
+        offset, covariance, count, mean, rounding = global_covariance(values, own, call)
         require_two_values(count, number, call)
         regular = self._regularised(covariance, count, rounding)
         # Of what is not finite there are no eigenvalues, and the output is not finite either.
@@ -304,192 +290,6 @@ class SyncWhitening(Synchronised):
         ):
             moved = running.double() * (1 - momentum) + batch * momentum
             running.copy_(torch.where(seen, moved, running.double()))
-
-
-@dataclass(frozen=True)
-class Comoments(Moments):
-    """Moments of channels in groups, whose m2 holds the products of deviations as well.
-
-    Attributes:
-        count: values per channel, 0-d.
-        mean: shape (C,).
-        m2: Σ(x − mean)·(x − mean)ᵀ in each group, shape (C/D, D, D).
-        scale: Σ|x − K|² in each group, shape (C/D,), for the K that the values were summed about:
-            in proportion to this, m2 was rounded.
-    """
-
-    scale: Tensor
-
-
-class _GlobalStatistics(torch.autograd.Function):
-    """Values to what is known of all replicas' values together.
-
-    From (values, own), of shape (C/D, D, n) and (C/D, D): a replica's values less the constant own,
-    which is their mean. To the mean less own, (C/D, D), and the covariance, (C/D, D, D); and
-    without gradients the count, 0-d, the mean, (C,), and how far rounding may have moved the
-    covariance's eigenvalues, (C/D,).
-
-    With G_μ and G_S the gradients of mean and covariance, summed over replicas, n the count:
-    dx = (G_μ + (G_S + G_Sᵀ)·(x − μ))/n.
-    """
-
-    @staticmethod
-    def forward(values: Tensor, own: Tensor, call: Call) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
-        local = Comoments(
-            own.new_full((), values.shape[2]),
-            own.flatten(),
-            products := values @ values.mT,
-            products.diagonal(dim1=1, dim2=2).sum(1),
-        )
-        total = remembered(local, call, partial(_reduced, local, call))
-        assert isinstance(total, Comoments)
-        number = total.count.clamp(min=1)
-        rounding = (call.reducer.world_size + 3) * 2.0**-52 * total.scale / number
-        offset = torch.where(total.count > 0, total.mean - local.mean, 0.0).reshape(own.shape)
-        return offset, total.m2 / number, total.count.clone(), total.mean.clone(), rounding
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        values, _, ctx.call = inputs
-        offset, _, count, *_ = output
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(values, offset, count)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
-        values, offset, count = ctx.saved_tensors
-        add_up = global_sum if torch.compiler.is_compiling() else differentiable_sum
-        sums = torch.cat([grads[0].reshape(-1), _upper(grads[1] + grads[1].mT)])
-        sums = add_up(sums, ctx.call) / count.clamp(min=1)
-        of_mean, of_products = sums.split([offset.numel(), sums.numel() - offset.numel()])
-        of_mean = of_mean.reshape(offset.shape) - (
-            (symmetric := _symmetric(of_products, offset.shape[1])) @ offset[..., None]
-        ).squeeze(2)
-        return torch.baddbmm(of_mean[..., None], symmetric, values), None, None
-
-
-def _reduced(local: Comoments, call: Call, shift: Tensor | None) -> Comoments:
-    """Return the comoments of all replicas' batches together; None for the shift stands for 0."""
-    if call.reducer.world_size == 1:
-        return local
-    tensors = local.count, local.mean, local.m2, shift
-    if torch.compiler.is_compiling():
-        return Comoments(*torch.ops.syncbn.global_comoments(*tensors, group_name(call.reducer)))
-    return _summed(*tensors, call)
-
-
-def _summed(count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, call: Call) -> Comoments:
-    about = torch.zeros_like(mean) if shift is None else shift
-    offset = (mean - about).reshape(m2.shape[:2])[..., None]
-    second = m2 + count * (offset @ offset.mT)
-    vector = torch.cat([count.reshape(1), count * offset.flatten(), _upper(second)])
-    reducer = call.reducer
-    total = sum_forward(add_fingerprint(vector, shift, reducer.rank, reducer.world_size), call)
-    if total.device.type != "cpu":
-        total = checked_count(total)
-    elif not 0 <= total[0].item() < COUNT_LIMIT:
-        require_same_call(call)
-        # All is well, and yet the shifts differ: one replica reloaded its layer, say.
-        return _summed(count, mean, m2, None, call)
-    number, channels = total[0], mean.numel()
-    first, second = total[1 : channels + 1], _symmetric(total[channels + 1 :], m2.shape[1])
-    distance = first / number.clamp(min=1)
-    column = distance.reshape(offset.shape)
-    return Comoments(
-        number,
-        torch.where(number > 0, about + distance, distance),
-        second - number * (column @ column.mT),
-        second.diagonal(dim1=1, dim2=2).sum(1),
-    )
-
-
-def _upper(matrices: Tensor) -> Tensor:
-    """Return the upper triangles of symmetric matrices, one after the other."""
-    rows, columns = torch.triu_indices(*matrices.shape[1:], device=matrices.device)
-    return matrices[:, rows, columns].reshape(-1)
-
-
-def _symmetric(triangles: Tensor, size: int) -> Tensor:
-    """Return the symmetric matrices, shape (*, size, size), of their upper triangles."""
-    rows, columns = torch.triu_indices(size, size, device=triangles.device)
-    # Where each element of a matrix stands in its triangle.
-    places = torch.empty(size, size, dtype=torch.long, device=triangles.device)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=places.device)
-    return triangles.reshape(-1, len(rows))[:, places]
-
-
-# What torch.compile puts into its graphs, as it does `syncbn::global_moments`.
-@torch.library.custom_op("syncbn::global_comoments", mutates_args=())
-def _global_comoments(
-    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = _summed(count, mean, m2, shift, compiled_call(mean, group_name))
-    if total.count.device.type == "cpu" and total.count == 1:
-        raise single_value()
-    return total.count.clone(), total.mean, total.m2, total.scale
-
-
-@_global_comoments.register_fake
-def _(
-    count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, group_name: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scale = m2.new_empty(m2.shape[0])
-    return torch.empty_like(count), torch.empty_like(mean), torch.empty_like(m2), scale
-
-
-def inverse_root(matrix: Tensor) -> Tensor:
-    """Return the symmetric inverse square roots of symmetric positive definite matrices.
-
-    Its gradient, and that one's, hold for equal eigenvalues too, where those of eigenvectors do
-    not exist. No communication. Relative error: about 10⁻¹⁵·κ, for the condition number κ.
-
-    Args:
-        matrix: shape (*, D, D), float64.
-    """
-    root, _, _ = _InverseRoot.apply(matrix)  # pyright: ignore[reportGeneralTypeIssues] -- torch types Function.apply as Any or None
-    return root
-
-
-class _InverseRoot(torch.autograd.Function):
-    """S to W = S^(−1/2); S⁻¹ = W² gives W·dW + dW·W = −W²·dS·W², a Lyapunov equation."""
-
-    @staticmethod
-    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
-        values, vectors = torch.linalg.eigh(matrix)
-        roots = values.rsqrt()
-        return (vectors * roots[..., None, :]) @ vectors.mT, vectors, roots
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
-        root, vectors, roots = ctx.saved_tensors
-        solution: Tensor = _Lyapunov.apply(root, grads[0], vectors, roots)  # pyright: ignore[reportAssignmentType] -- as above
-        square = root @ root
-        return -(square @ solution @ square)
-
-
-class _Lyapunov(torch.autograd.Function):
-    """(W, G) to the Z of W·Z + Z·W = G, for the eigenvectors and eigenvalues of W."""
-
-    @staticmethod
-    def forward(root: Tensor, right: Tensor, vectors: Tensor, roots: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        sums = roots[..., :, None] + roots[..., None, :]
-        return vectors @ ((vectors.mT @ right @ vectors) / sums) @ vectors.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        root, _, vectors, roots = inputs
-        ctx.save_for_backward(root, output, vectors, roots)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        root, solution, vectors, roots = ctx.saved_tensors
-        back: Tensor = _Lyapunov.apply(root, grads[0], vectors, roots)  # pyright: ignore[reportAssignmentType] -- as above
-        return -(back @ solution.mT + solution.mT @ back), back, None, None
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
