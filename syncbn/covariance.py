@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from syncbn.differentiable import differentiable_sum
-from syncbn.moments import COUNT_LIMIT, Moments, add_fingerprint, checked_count
+from syncbn.moments import Moments, add_fingerprint
 from syncbn.reduction import (
     Call,
+    checked_sum,
     compiled_call,
     global_sum,
     group_name,
     remembered,
-    require_same_call,
     single_value,
     sum_forward,
 )
@@ -129,12 +129,9 @@ def _summed(count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, call:
     second = m2 + count * (offset @ offset.mT)
     vector = torch.cat([count.reshape(1), count * offset.flatten(), _upper(second)])
     reducer = call.reducer
-    total = sum_forward(add_fingerprint(vector, shift, reducer.rank, reducer.world_size), call)
-    if total.device.type != "cpu":
-        total = checked_count(total)
-    elif not 0 <= total[0].item() < COUNT_LIMIT:
-        require_same_call(call)
-        # All is well, and yet the shifts differ: one replica reloaded its layer, say.
+    fingerprinted = add_fingerprint(vector, shift, reducer.rank, reducer.world_size)
+    total = checked_sum(sum_forward(fingerprinted, call), call)
+    if total is None:  # as in `syncbn.reduction`
         return _summed(count, mean, m2, None, call)
     number, channels = total[0], mean.numel()
     first, second = total[1 : channels + 1], _symmetric(total[channels + 1 :], m2.shape[1])

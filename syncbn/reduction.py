@@ -202,14 +202,11 @@ def _reduced(local: Moments, call: Call, shift: Tensor | None) -> Moments:
 def _summed(local: Moments, call: Call, shift: Tensor | None) -> Moments:
     reducer = call.reducer
     vector = add_fingerprint(to_summable(local, shift), shift, reducer.rank, reducer.world_size)
-    total = sum_forward(vector, call)
-    if total.device.type != "cpu":
-        return from_summable(checked_count(total), shift)
-    if 0 <= total[0].item() < COUNT_LIMIT:
+    total = checked_sum(sum_forward(vector, call), call)
+    if total is not None:
         return from_summable(total, shift)
-    require_same_call(call)
-    # All is well, and yet the shifts differ: one rank reloaded its layer, say. The sum about 0 is
-    # as right, if less exact, and all ranks remember the same mean afterwards.
+    # One rank reloaded its layer, say. The sum about 0 is as right, if less exact, and all ranks
+    # remember the same mean afterwards.
     return from_summable(sum_forward(to_summable(local), call))
 
 
@@ -222,6 +219,25 @@ def sum_forward(vector: Tensor, call: Call) -> Tensor:
         ReplicaError: the replicas did not make the same call, or one is gone.
     """
     return _sum(vector, call, "forward")
+
+
+def checked_sum(total: Tensor, call: Call) -> Tensor | None:
+    """Return a sum of vectors with fingerprints, or None where all is well but for these.
+
+    Then the replicas made the same call, about different shifts. On other devices than the CPU,
+    where looking would make the host wait, the count becomes NaN instead; see `checked_count`.
+
+    Communicates: nothing, or what `require_same_call` does.
+
+    Raises:
+        ReplicaError: the replicas did not make the same call.
+    """
+    if total.device.type != "cpu":
+        return checked_count(total)
+    if 0 <= total[0].item() < COUNT_LIMIT:
+        return total
+    require_same_call(call)
+    return None
 
 
 def require_same_call(call: Call) -> None:

@@ -13,8 +13,8 @@ from syncbn.collectives import select_reducer
 from syncbn.differentiable import differentiable_sum
 from syncbn.errors import InputError
 from syncbn.functional import reason_to_refuse
-from syncbn.moments import COUNT_LIMIT, add_fingerprint, checked_count
-from syncbn.reduction import Call, Memory, refuse, require_same_call
+from syncbn.moments import add_fingerprint
+from syncbn.reduction import Call, Memory, checked_sum, refuse
 
 
 class StatisticsPenalty:
@@ -109,13 +109,10 @@ class StatisticsPenalty:
         sums = torch.cat([local, values.sum(1), values.square().sum(1)])
         # In the shift's place, for nothing is subtracted: which unit these are sums of.
         unit = values.new_full((1,), number)
-        sums = add_fingerprint(sums, unit, reducer.rank, reducer.world_size)
-        total = differentiable_sum(sums, call, "forward")
-        if reducer.world_size > 1:
-            if total.device.type != "cpu":
-                total = checked_count(total)
-            elif not 0 <= total[0].item() < COUNT_LIMIT:
-                require_same_call(call)
+        fingerprinted = add_fingerprint(sums, unit, reducer.rank, reducer.world_size)
+        total = checked_sum(differentiable_sum(fingerprinted, call, "forward"), call)
+        if total is None:  # the same unit, which is another one's number among these
+            total = differentiable_sum(sums, call, "forward")
         mean, square = (total[1:] / total[0].detach().clamp(min=1)).chunk(2)
         variance = square - mean.square()
         self._terms.append((mean.square() + (variance - 1).square()).mean())

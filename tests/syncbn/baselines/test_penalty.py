@@ -175,6 +175,20 @@ def test_units_in_another_order_are_noticed() -> None:
         assert "rank 1 is at the forward of 'b'" in text
 
 
+def _listed_in_another_order() -> float:
+    model = nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()})
+    names = "ab" if dist.get_rank() == 0 else "ba"
+    penalty = StatisticsPenalty({name: model[name] for name in names}, 1.0)
+    with penalty.watch():
+        for name in "ab":
+            model[name](torch.tensor([[1.0], [-1.0]]) + (3 if name == "a" else 0))
+    return penalty.value().item()
+
+
+def test_units_may_be_listed_in_another_order() -> None:
+    assert run_world(2, _listed_in_another_order) == [pytest.approx(9)] * 2
+
+
 @pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
 def test_wrong_strength_is_explained(strength: float) -> None:
     with pytest.raises(InputError, match=rf"strength is {strength}; choose 0 or more"):
