@@ -175,16 +175,16 @@ def before(directory: Path) -> Data:
         [f"model={model}", "norm=renormalize", "optim.lr=1e-12", "launch.nproc=2", *jobs[0][-3:]]
         for model in MODELS
     ]
-    *runs, first, second = _train(_new(directory, "before"), 2, [*jobs, *still])
+    runs = iter(_train(_new(directory, "before"), 2, [*jobs, *still]))
     rows: list[Data] = []
     undone: list[Data] = []
-    for number, (model, kind, rate) in enumerate(keys):
-        of_seeds = runs[number * len(SEEDS_BEFORE) :][: len(SEEDS_BEFORE)]
+    for model, kind, rate in keys:
+        of_seeds = [next(runs) for _ in SEEDS_BEFORE]
         row: Data = {"model": model, "norm": kind, "lr": rate}
         rows.append(row | {"accuracies": [_accuracy(run) for run in of_seeds]})
         if kind == "renormalize" and rate == RATES[-1]:
             undone.append({"model": model, "lr": rate, "ln σ": _undone(of_seeds[0])})
-    for model, run in zip(MODELS, (first, second), strict=True):
+    for model, run in zip(MODELS, runs, strict=True):
         undone.append({"model": model, "lr": 0.0, "ln σ": _undone(run)})
     return {"rows": rows, "undone": undone}
 

@@ -222,10 +222,9 @@ def before(data: Data) -> Figure:
     panels[0].set_ylabel("test accuracy / % after 3 epochs\n(points: seeds, bar: mean)")
     for row in data["undone"]:
         colour = (BLUE, ORANGE)[models.index(row["model"])]
-        name = (
-            f"{row['model']}, {'rate ' + format(row['lr'], 'g') if row['lr'] else 'not learning'}"
-        )
-        last.plot(row["ln σ"][1:], "-" if row["lr"] else ":", color=colour, label=name)
+        rate = f"rate {row['lr']:g}" if row["lr"] else "not learning"
+        label = f"{row['model']}, {rate}"
+        last.plot(row["ln σ"][1:], "-" if row["lr"] else ":", color=colour, label=label)
     last.set(yscale="log", xlabel="step", ylabel="change of ln σ, root mean square")
     last.set_title("what renormalising undoes")
     last.legend()
