@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import shutil
 import sys
 import time
 import warnings
@@ -89,12 +90,13 @@ def main() -> None:
         elif not file.exists():
             sys.exit(f"why.py: there is no {file} to draw; leave out --draw")
         data = json.loads(file.read_text())
+        picture = arguments.directory / f"why-{name}.png"
         with mpl.rc_context(plots.STYLE):
-            picture = draw(data)
-            for place in places:
-                picture.savefig(place / f"why-{name}.png")
-        if arguments.write and name in TABLES:
-            write_table("why.md", f"why.py {name}", TABLES[name](data))
+            draw(data).savefig(picture)
+        if arguments.write:
+            shutil.copy(picture, IMAGES)
+            if name in TABLES:
+                write_table("why.md", f"why.py {name}", TABLES[name](data))
         print(f"{time.monotonic() - started:.0f} s", flush=True)
     print(f"data and pictures are in {arguments.directory}")
 
