@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import syncbn
-from syncbn.collectives import Reducer, select_reducer
-from syncbn.kernels import Kernels, NativeKernels, ReferenceKernels
+from syncbn.comm.reducer import Reducer, select_reducer
+from syncbn.kernels.protocol import Kernels, NativeKernels, ReferenceKernels
 
 SHAPES = [(16, 64, 56, 56), (8, 256, 14, 14), (32, 128, 16, 16), (8, 512, 4, 4), (2, 64, 28, 28)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -56,8 +56,8 @@ from syncbn.bundle import (
     read_bundle,
     write_bundle,
 )
-from syncbn.fold import fold
 from syncbn.models import build_model
+from syncbn.transforms.fold import fold
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = "ours"

@@ -28,7 +28,7 @@ DRIVER = ROOT / "tests" / "support" / "race.cpp"
 SANITIZED = [*FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]  # the last -O counts
 SUITES = [
     *("tests/contracts/test_kernels.py", "tests/contracts/test_reducers.py"),
-    *("tests/syncbn/test_native.py", "tests/syncbn/test_functional_native.py"),
+    *("tests/syncbn/kernels/test_native.py", "tests/syncbn/ops/test_native.py"),
 ]
 REPORTS = ("Sanitizer", "runtime error:")
 # Loads the library as the tests will, and fails where it is another one, or none.

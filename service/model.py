@@ -17,7 +17,7 @@ from service.drift import DriftWatch
 from service.metrics import Metrics, ModelMetrics
 from syncbn.bundle import Bundle, Manifest, Preprocessing, read_bundle
 from syncbn.errors import BundleError, ConversionError
-from syncbn.fold import fold
+from syncbn.transforms.fold import fold
 
 log = logging.getLogger(__name__)
 

@@ -1,20 +1,18 @@
 """Batch normalization over the whole batch, however many replicas share it."""
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from syncbn.errors import SyncBNError
 
 if TYPE_CHECKING:
-    from syncbn.convert import convert_sync_batchnorm, revert_sync_batchnorm
-    from syncbn.fold import Folding, drop_redundant_bias, fold
-    from syncbn.functional import sync_batch_norm
-    from syncbn.fuse import Fusion, fuse
-    from syncbn.layers import SyncBatchNorm
-    from syncbn.recalibrate import recalibrate
-    from syncbn.whitening import SyncWhitening
+    from syncbn.layers.batch_norm import SyncBatchNorm
+    from syncbn.layers.whitening import SyncWhitening
+    from syncbn.ops.batch_norm import sync_batch_norm
+    from syncbn.transforms.convert import convert_sync_batchnorm, revert_sync_batchnorm
+    from syncbn.transforms.fold import Folding, drop_redundant_bias, fold
+    from syncbn.transforms.fuse import Fusion, fuse
+    from syncbn.transforms.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 
@@ -36,36 +34,27 @@ __all__ = [
 # Loaded when first asked for: they import torch, which takes seconds, and a command that only says
 # what is wrong with its arguments should not wait for it.
 _HOMES = {
-    "Folding": "fold",
-    "Fusion": "fuse",
-    "SyncBatchNorm": "layers",
-    "SyncWhitening": "whitening",
-    "convert_sync_batchnorm": "convert",
-    "drop_redundant_bias": "fold",
-    "fold": "fold",
-    "fuse": "fuse",
-    "recalibrate": "recalibrate",
-    "revert_sync_batchnorm": "convert",
-    "sync_batch_norm": "functional",
+    "Folding": "transforms.fold",
+    "Fusion": "transforms.fuse",
+    "SyncBatchNorm": "layers.batch_norm",
+    "SyncWhitening": "layers.whitening",
+    "convert_sync_batchnorm": "transforms.convert",
+    "drop_redundant_bias": "transforms.fold",
+    "fold": "transforms.fold",
+    "fuse": "transforms.fuse",
+    "recalibrate": "transforms.recalibrate",
+    "revert_sync_batchnorm": "transforms.convert",
+    "sync_batch_norm": "ops.batch_norm",
 }
 
 
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the module syncbn.fold would put it in the place of the function of that name.
-        if isinstance(value, ModuleType) and name in _HOMES:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from syncbn.errors import ModelError
-from syncbn.whitening import SyncWhitening
+from syncbn.layers.whitening import SyncWhitening
 
 Norm = Literal["batch", "whitening", "none"]
 

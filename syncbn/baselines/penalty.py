@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import select_reducer
-from syncbn.differentiable import differentiable_sum
+from syncbn.comm.exchange import Call, Memory, checked_sum, refuse
+from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.functional import reason_to_refuse
 from syncbn.moments import add_fingerprint
-from syncbn.reduction import Call, Memory, checked_sum, refuse
+from syncbn.ops.batch_norm import reason_to_refuse
+from syncbn.ops.generic import differentiable_sum
 
 
 class StatisticsPenalty:

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import select_reducer
+from syncbn.comm.exchange import Call, Memory, global_moments, refuse, require_two_values
+from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.functional import reason_to_refuse
-from syncbn.kernels import ReferenceKernels
-from syncbn.reduction import Call, Memory, global_moments, refuse, require_two_values
+from syncbn.kernels.protocol import ReferenceKernels
+from syncbn.ops.batch_norm import reason_to_refuse
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class NativeKernels:
-    """Batch normalization's kernels, one pass over memory each; see `syncbn.kernels.Kernels`.
+    """Batch normalization's kernels, one pass over memory each; see `Kernels` in `protocol.py`.
 
     float32, bfloat16 and float16 on the CPU, contiguous or channels last. Anything else (float64,
     other strides and devices, tensors inside function transforms) is left to the reference. Sums

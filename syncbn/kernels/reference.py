@@ -16,7 +16,7 @@ class _Centered(NamedTuple):
 
 
 class ReferenceKernels:
-    """Batch normalization's four kernels as PyTorch operations; see `syncbn.kernels.Kernels`.
+    """Batch normalization's kernels as PyTorch operations; see `Kernels` in `protocol.py`.
 
     float16 and bfloat16 are computed in float32, float32 and float64 in their own precision; every
     sum over a batch is accumulated in float64. The mean is subtracted in two parts, head and rest,

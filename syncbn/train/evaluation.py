@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from syncbn.collectives import Reducer
+from syncbn.comm.reducer import Reducer
 from syncbn.train.sampling import Batch
 from syncbn.train.schema import SYNCHRONISED
 from syncbn.train.state import Training

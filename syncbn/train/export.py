@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn.bundle import Description, write_bundle
-from syncbn.recalibrate import recalibrate
 from syncbn.train.checkpoint import BEST, read_checkpoint
 from syncbn.train.config import config_sha256
 from syncbn.train.data import Dataset
@@ -19,6 +18,7 @@ from syncbn.train.run_directory import RunDirectory
 from syncbn.train.sampling import TrainingShare, make_loader
 from syncbn.train.schema import CustomModelConfig, LocalNormConfig
 from syncbn.train.state import Training
+from syncbn.transforms.recalibrate import recalibrate
 
 log = logging.getLogger(__name__)
 

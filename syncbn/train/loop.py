@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.baselines import Renormalizer
-from syncbn.collectives import select_reducer
+from syncbn.comm.reducer import select_reducer
 from syncbn.errors import ConfigError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, Position, read_newest
 from syncbn.train.data import load_dataset

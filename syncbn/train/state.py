@@ -17,11 +17,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
 from syncbn.bundle import Architecture
-from syncbn.convert import convert_sync_batchnorm
 from syncbn.errors import ConfigError, ModelError
-from syncbn.fold import layers_before
+from syncbn.layers.base import Synchronised
 from syncbn.models import ChannelAffine, build_model, build_without_memory
-from syncbn.synchronised import Synchronised
 from syncbn.train.checkpoint import Checkpoint, Position
 from syncbn.train.data import Dataset
 from syncbn.train.generators import seed_generators
@@ -37,6 +35,8 @@ from syncbn.train.schema import (
     TrainConfig,
     WhiteningNormConfig,
 )
+from syncbn.transforms.convert import convert_sync_batchnorm
+from syncbn.transforms.fold import layers_before
 
 log = logging.getLogger(__name__)
 

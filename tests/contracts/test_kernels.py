@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Kernels, NativeKernels, ReferenceKernels
+from syncbn.kernels.protocol import Kernels, NativeKernels, ReferenceKernels
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 

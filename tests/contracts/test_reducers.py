@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives import (
+from syncbn.comm.reducer import (
     ProcessGroupReducer,
     Reducer,
     SharedMemoryReducer,
@@ -194,7 +194,7 @@ def test_different_choices_are_an_error_on_all_ranks() -> None:
 
 
 def _pretend_hosts(choice: str, hosts: list[int]) -> tuple[str, list[Tensor]]:
-    from syncbn.collectives import shared_memory
+    from syncbn.comm import shared_memory
 
     shared_memory._host = lambda: hosts[dist.get_rank()]  # pyright: ignore[reportPrivateUsage] -- one machine plays several
     reducer = _reducer(choice)

@@ -22,7 +22,7 @@ from syncbn.bundle import (
     write_bundle,
 )
 from syncbn.errors import BundleError
-from syncbn.fold import Folding, fold
+from syncbn.transforms.fold import Folding, fold
 from tests.service.conftest import write_small_bundle
 
 COMPUTE = Compute(

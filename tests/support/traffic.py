@@ -7,7 +7,7 @@ from unittest import mock
 
 from torch import Tensor
 
-from syncbn.collectives import ProcessGroupReducer, SharedMemoryReducer
+from syncbn.comm.reducer import ProcessGroupReducer, SharedMemoryReducer
 
 
 @contextmanager

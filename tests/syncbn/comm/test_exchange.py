@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from syncbn.comm.exchange import DEBUG_VARIABLE
 from syncbn.errors import InputError, ReplicaError
 from syncbn.moments import COUNT_LIMIT, add_fingerprint
-from syncbn.reduction import DEBUG_VARIABLE
 from tests.support.world import WorldError, run_world
 
 CHANNELS = 4

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from syncbn import SyncBatchNorm
 from syncbn.errors import ConversionError
-from syncbn.fold import drop_redundant_bias, fold
+from syncbn.transforms.fold import drop_redundant_bias, fold
 
 
 def _realistic(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,14 +7,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from syncbn.collectives import SingleReplica
+from syncbn.comm.exchange import Call, refuse
+from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
-from syncbn.functional import alike, normalize, reason_to_refuse
-from syncbn.kernels import ReferenceKernels
 from syncbn.kernels.native import track
+from syncbn.kernels.protocol import ReferenceKernels
+from syncbn.layers.base import Synchronised, adopt, check_reducer, refuse_join
 from syncbn.moments import Moments
-from syncbn.reduction import Call, refuse
-from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.ops.batch_norm import alike, normalize, reason_to_refuse
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
@@ -53,7 +53,7 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
             `sync_batch_norm`. Saves the tensor that a ReLU after the layer would keep.
         reducer: who sums over the replicas, the same on all of them: `shared_memory`,
             `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
-            `auto`. See `syncbn.collectives.select_reducer`.
+            `auto`. See `syncbn.comm.reducer.select_reducer`.
 
     Raises:
         InputError: the reducer is none of these. In `forward`, see `sync_batch_norm`; also where

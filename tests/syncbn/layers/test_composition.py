@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.errors import InputError
-from syncbn.synchronised import RanksOfGroup
+from syncbn.layers.base import RanksOfGroup
 from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
 

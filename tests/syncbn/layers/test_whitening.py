@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm, SyncWhitening
 from syncbn.errors import InputError, ReplicaError
-from syncbn.inverse_root import inverse_root
+from syncbn.ops.inverse_sqrt import inverse_root
 from tests.support.one_process import rows
 from tests.support.tolerance import assert_as_exact
 from tests.support.traffic import recorded_all_reduces

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import Reducer, select_reducer
+from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.errors import InputError, ReplicaError
-from syncbn.kernels import select_kernels
-from syncbn.layers import SyncBatchNorm
+from syncbn.kernels.protocol import select_kernels
+from syncbn.layers.batch_norm import SyncBatchNorm
 from syncbn.moments import Moments, merge
 
 _BASE = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base

@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from syncbn.errors import ConversionError
-from syncbn.layers import SyncBatchNorm
-from syncbn.tracing import KeptError, Trace, copy_of, is_plain, norms, traces_of
+from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.transforms.tracing import KeptError, Trace, copy_of, is_plain, norms, traces_of
 
 _ANY_RANK = (nn.SyncBatchNorm, SyncBatchNorm)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_ANY_RANK)

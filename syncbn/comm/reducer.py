@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives.process_group import ProcessGroupReducer
-from syncbn.collectives.shared_memory import SharedMemoryReducer
+from syncbn.comm.process_group import ProcessGroupReducer
+from syncbn.comm.shared_memory import SharedMemoryReducer
 from syncbn.errors import InputError
 
 

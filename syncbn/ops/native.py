@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _native
-from syncbn.differentiable import Saved, gradients, masks
-from syncbn.kernels import ReferenceKernels
-from syncbn.kernels.native import Parameters, is_plain, laid_out_as, source
-from syncbn.moments import COUNT_LIMIT, PackedMoments
-from syncbn.reduction import (
+from syncbn.comm.exchange import (
     Call,
     Reduction,
     Statistics,
@@ -23,6 +19,10 @@ from syncbn.reduction import (
     single_value,
     sum_forward,
 )
+from syncbn.kernels.native import Parameters, is_plain, laid_out_as, source
+from syncbn.kernels.protocol import ReferenceKernels
+from syncbn.moments import COUNT_LIMIT, PackedMoments
+from syncbn.ops.generic import Saved, gradients, masks
 
 
 class NativeSyncBatchNorm(torch.autograd.Function):

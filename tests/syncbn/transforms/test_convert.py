@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import syncbn
-from syncbn.convert import BatchNorm
 from syncbn.errors import ConversionError
+from syncbn.transforms.convert import BatchNorm
 
 
 def _model() -> nn.Sequential:

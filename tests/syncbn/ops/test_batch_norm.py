@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 import syncbn
+from syncbn.comm.exchange import Call, Memory
 from syncbn.errors import InputError
-from syncbn.functional import normalize
-from syncbn.reduction import Call, Memory
+from syncbn.ops.batch_norm import normalize
 
 
 def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import _native
-from syncbn.collectives.process_group import ProcessGroupReducer
+from syncbn.comm.process_group import ProcessGroupReducer
 from syncbn.errors import InputError, ReplicaError
 
 # Values a slot holds; longer vectors go in several rounds.

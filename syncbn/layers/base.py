@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.collectives import CHOICES, select_reducer
+from syncbn.comm.exchange import Call, Memory
+from syncbn.comm.reducer import CHOICES, select_reducer
 from syncbn.errors import InputError
-from syncbn.reduction import Call, Memory
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def adopt(layer: Synchronised, shift: Tensor | None = None) -> None:
 
 
 def check_reducer(reducer: str | None) -> None:
-    """Refuse a reducer that is none of `syncbn.collectives.CHOICES`, nor None.
+    """Refuse a reducer that is none of `syncbn.comm.reducer.CHOICES`, nor None.
 
     Raises:
         InputError: there is no such choice.

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Kernels, ReferenceKernels
-from syncbn.reduction import Call, global_sum
+from syncbn.comm.exchange import Call, global_sum
+from syncbn.kernels.protocol import Kernels, ReferenceKernels
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import SingleReplica
-from syncbn.covariance import global_covariance
+from syncbn.comm.exchange import Call, refuse, require_two_values
+from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
-from syncbn.functional import reason_to_refuse
-from syncbn.inverse_root import inverse_root
-from syncbn.reduction import Call, refuse, require_two_values
-from syncbn.synchronised import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.layers.base import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.ops.batch_norm import reason_to_refuse
+from syncbn.ops.covariance import global_covariance
+from syncbn.ops.inverse_sqrt import inverse_root
 
 Method = Literal["zca", "newton"]
 METHODS: tuple[str, ...] = get_args(Method)

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.collectives import Reducer, select_reducer
-from syncbn.collectives.agreement import require_agreement
+from syncbn.comm.diagnose import require_agreement
+from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.errors import InputError, ReplicaError
 from syncbn.moments import (
     COUNT_LIMIT,

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives import select_reducer
-from syncbn.differentiable import Saved, gradients, masks
+from syncbn.comm.exchange import Call, global_moments, require_two_values
+from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.functional_native import NativeSyncBatchNorm
-from syncbn.kernels import Kernels, NativeKernels, select_kernels
 from syncbn.kernels.native import is_plain
+from syncbn.kernels.protocol import Kernels, NativeKernels, select_kernels
 from syncbn.moments import Moments
-from syncbn.reduction import Call, global_moments, require_two_values
+from syncbn.ops.generic import Saved, gradients, masks
+from syncbn.ops.native import NativeSyncBatchNorm
 
 
 def sync_batch_norm(
@@ -64,7 +64,7 @@ def sync_batch_norm(
         relu: whether to return max(y, 0) in y's place.
         reducer: who sums over the replicas, the same on all of them: `shared_memory`,
             `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
-            `auto`. See `syncbn.collectives.select_reducer`.
+            `auto`. See `syncbn.comm.reducer.select_reducer`.
 
     Returns:
         y, and the moments of the whole batch, which carry no gradient.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncbn
 from syncbn import _native
 from syncbn.errors import InputError
-from syncbn.kernels import NativeKernels, ReferenceKernels, select_kernels
+from syncbn.kernels.protocol import NativeKernels, ReferenceKernels, select_kernels
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.errors import ConversionError
-from syncbn.layers import BatchNorm, SyncBatchNorm
-from syncbn.synchronised import adopt, check_reducer
+from syncbn.layers.base import adopt, check_reducer
+from syncbn.layers.batch_norm import BatchNorm, SyncBatchNorm
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import syncbn
-from syncbn.layers import BatchNorm
+from syncbn.layers.batch_norm import BatchNorm
 from tests.support.world import run_world
 
 C = 4

@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from syncbn.layers import BatchNorm, SyncBatchNorm
-from syncbn.tracing import (
+from syncbn.layers.batch_norm import BatchNorm, SyncBatchNorm
+from syncbn.transforms.tracing import (
     ADVICE,
     KeptError,
     Tracer,

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.differentiable import differentiable_sum
-from syncbn.moments import Moments, add_fingerprint
-from syncbn.reduction import (
+from syncbn.comm.exchange import (
     Call,
     checked_sum,
     compiled_call,
@@ -19,6 +17,8 @@ from syncbn.reduction import (
     single_value,
     sum_forward,
 )
+from syncbn.moments import Moments, add_fingerprint
+from syncbn.ops.generic import differentiable_sum
 
 
 class Covariance(NamedTuple):
@@ -131,7 +131,7 @@ def _summed(count: Tensor, mean: Tensor, m2: Tensor, shift: Tensor | None, call:
     reducer = call.reducer
     fingerprinted = add_fingerprint(vector, shift, reducer.rank, reducer.world_size)
     total = checked_sum(sum_forward(fingerprinted, call), call)
-    if total is None:  # as in `syncbn.reduction`
+    if total is None:  # as in `syncbn.comm.exchange`
         return _summed(count, mean, m2, None, call)
     number, channels = total[0], mean.numel()
     first, second = total[1 : channels + 1], _symmetric(total[channels + 1 :], m2.shape[1])

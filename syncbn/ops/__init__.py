@@ -1,0 +1,1 @@
+"""Autograd functions over all replicas, made of kernels and an exchange."""
