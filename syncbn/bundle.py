@@ -67,9 +67,9 @@ class Preprocessing(_Part):
 
     def prepared(self, dim: int, device: torch.device) -> Callable[[Tensor], Tensor]:
         """Return `apply` for any number of tensors of one dimension and device."""
-        shape = (1, -1, *[1] * (dim - 2))
-        mean = torch.tensor(self.mean, device=device).reshape(shape)
-        std = torch.tensor(self.std, device=device).reshape(shape)
+        shape, dtype = (1, -1, *[1] * (dim - 2)), torch.get_default_dtype()
+        mean = torch.tensor(self.mean, dtype=dtype, device=device).reshape(shape)
+        std = torch.tensor(self.std, dtype=dtype, device=device).reshape(shape)
         return lambda x: (x.to(mean.dtype) * self.scale - mean) / std
 
 

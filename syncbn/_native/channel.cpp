@@ -17,6 +17,8 @@
 #include <climits>
 #include <cstdint>
 
+#include "syncbn.h"
+
 namespace {
 
 constexpr int64_t kLine = 128;  // two cache lines, which some processors fetch together
@@ -33,17 +35,14 @@ static_assert(sizeof(std::atomic<uint32_t>) == 4, "the kernel waits on 32 bits")
 
 int64_t slot_bytes(int64_t capacity) { return (capacity * 8 + kLine - 1) / kLine * kLine; }
 
-struct Channel {
-  char* base;
-  int32_t world;
-  int64_t capacity;
+Rank& rank_of(const syncbn_channel& channel, int32_t r) {
+  return static_cast<Rank*>(channel.base)[r];
+}
 
-  Rank& rank(int32_t r) const { return reinterpret_cast<Rank*>(base)[r]; }
-  double* slot(int32_t r, uint32_t round) const {
-    char* slots = base + world * static_cast<int64_t>(sizeof(Rank));
-    return reinterpret_cast<double*>(slots + (2 * r + round % 2) * slot_bytes(capacity));
-  }
-};
+double* slot_of(const syncbn_channel& channel, int32_t r, uint32_t round) {
+  char* slots = static_cast<char*>(channel.base) + channel.world * int64_t{sizeof(Rank)};
+  return reinterpret_cast<double*>(slots + (2 * r + round % 2) * slot_bytes(channel.capacity));
+}
 
 uint32_t* word(std::atomic<uint32_t>& number) { return reinterpret_cast<uint32_t*>(&number); }
 
@@ -102,63 +101,47 @@ void wake(Rank& rank) {
 
 }  // namespace
 
-#pragma GCC visibility push(default)
-extern "C" {
-
-// Bytes of memory, all zero, that a channel needs.
 int64_t syncbn_channel_size(int32_t world, int64_t capacity) {
-  return world * (static_cast<int64_t>(sizeof(Rank)) + 2 * slot_bytes(capacity));
+  return world * (int64_t{sizeof(Rank)} + 2 * slot_bytes(capacity));
 }
 
-// Waits for all ranks' posts of a round, of n values each, and adds them up. Returns -1 when done;
-// the number of a rank that has not posted in time or gave up, whereupon it can be called again; or
-// -2 - r where rank r posted a vector of another size.
-int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int32_t me,
-                               uint32_t round, double* sum, int64_t n, int64_t whole,
-                               int32_t spins, int64_t timeout_us) {
-  const Channel channel{static_cast<char*>(base), world, capacity};
+int32_t syncbn_channel_collect(const syncbn_channel* channel, uint32_t round, double* sum,
+                               int64_t n, int64_t whole, int32_t spins, int64_t timeout_us) {
   int64_t until_us = -1;
-  for (int32_t r = 0; r < world; ++r) {
-    if (r == me || arrived(channel.rank(r), round)) continue;
+  for (int32_t r = 0; r < channel->world; ++r) {
+    Rank& rank = rank_of(*channel, r);
+    if (r == channel->rank || arrived(rank, round)) continue;
     if (until_us < 0) until_us = now_us() + timeout_us;
-    if (!wait_for(channel.rank(r), round, spins, until_us)) return r;
+    if (!wait_for(rank, round, spins, until_us)) return r;
   }
-  for (int32_t r = 0; r < world; ++r)
-    if (channel.rank(r).size[round % 2] != whole) return -2 - r;
-  std::copy_n(channel.slot(0, round), n, sum);
-  for (int32_t r = 1; r < world; ++r) {
-    const double* values = channel.slot(r, round);
+  for (int32_t r = 0; r < channel->world; ++r)
+    if (rank_of(*channel, r).size[round % 2] != whole) return -2 - r;
+  std::copy_n(slot_of(*channel, 0, round), n, sum);
+  for (int32_t r = 1; r < channel->world; ++r) {
+    const double* values = slot_of(*channel, r, round);
     for (int64_t i = 0; i < n; ++i) sum[i] += values[i];
   }
   return -1;
 }
 
-// Posts this rank's values for a round, n <= capacity of them, a part of a vector of whole values,
-// and collects.
-int32_t syncbn_channel_sum(void* base, int32_t world, int64_t capacity, int32_t me, uint32_t round,
-                           const double* values, double* sum, int64_t n, int64_t whole,
-                           int32_t spins, int64_t timeout_us) {
-  const Channel channel{static_cast<char*>(base), world, capacity};
-  Rank& mine = channel.rank(me);
-  std::copy_n(values, n, channel.slot(me, round));
+int32_t syncbn_channel_sum(const syncbn_channel* channel, uint32_t round, const double* values,
+                           double* sum, int64_t n, int64_t whole, int32_t spins,
+                           int64_t timeout_us) {
+  Rank& mine = rank_of(*channel, channel->rank);
+  std::copy_n(values, n, slot_of(*channel, channel->rank, round));
   mine.size[round % 2] = whole;
   mine.round.store(round, std::memory_order_seq_cst);
   wake(mine);
-  return syncbn_channel_collect(base, world, capacity, me, round, sum, n, whole, spins, timeout_us);
+  return syncbn_channel_collect(channel, round, sum, n, whole, spins, timeout_us);
 }
 
-// Lets the others know that this rank posts no more.
-void syncbn_channel_give_up(void* base, int32_t world, int64_t capacity, int32_t me) {
-  const Channel channel{static_cast<char*>(base), world, capacity};
-  Rank& mine = channel.rank(me);
+void syncbn_channel_give_up(const syncbn_channel* channel) {
+  Rank& mine = rank_of(*channel, channel->rank);
   mine.gave_up.store(1, std::memory_order_seq_cst);
   syscall(SYS_futex, word(mine.round), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-int32_t syncbn_channel_gave_up(void* base, int32_t world, int64_t capacity, int32_t r) {
-  const Channel channel{static_cast<char*>(base), world, capacity};
-  return static_cast<int32_t>(channel.rank(r).gave_up.load(std::memory_order_acquire));
+int32_t syncbn_channel_gave_up(const syncbn_channel* channel, int32_t r) {
+  return static_cast<int32_t>(
+      rank_of(*channel, r).gave_up.load(std::memory_order_acquire));
 }
-
-}  // extern "C"
-#pragma GCC visibility pop

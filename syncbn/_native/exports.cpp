@@ -1,4 +1,4 @@
-// The C interface: chooses the level of instructions once, prepares each channel's coefficients in
+// Implements syncbn.h for one replica: chooses the level of instructions once, prepares each channel's coefficients in
 // float64, and shares the loops among threads. Results do not depend on the number of threads.
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "syncbn.h"
 #include "threads.h"
 
 namespace syncbn {
@@ -129,60 +130,43 @@ void first_values(DType dtype, const void* x, Shape shape, double* shift) {
   chosen->sums(dtype, row.data(), {1, shape.c, 1, true}, {0, 1}, zero.data(), shift, square.data());
 }
 
-// Totals of counts lie below; syncbn/moments.py says what is above.
+// Totals of counts lie below; syncbn/comm/fingerprint.py says what is above.
 constexpr double kCountLimit = 1099511627776.0;  // 2^40
 
-// What add_fingerprint() of syncbn/moments.py adds to the count; the same bits, because one rank
-// may compute with PyTorch operations.
-double fingerprint(const double* shift, int64_t c, int32_t rank, int32_t world) {
-  int bits = 13;
-  for (int32_t rest = world - 1; rest > 0; rest >>= 1) --bits;
-  if (bits <= 0) return 0.0;
-  uint64_t mixed = 0;
-  for (int64_t i = 0; i < c; ++i) {
-    int64_t word;
-    std::memcpy(&word, shift + i, sizeof word);
-    mixed += static_cast<uint64_t>(word ^ (word >> 32)) * static_cast<uint64_t>(2 * i + 1);
-  }
-  mixed *= 0x9e3779b97f4a7c15u;  // 2^64 divided by the golden ratio
-  const double share = (rank == 0 ? world - 1 : -1) * kCountLimit;
-  return share * static_cast<double>(mixed >> (64 - bits));
+Shape shape_of(const syncbn_layout& layout) {
+  return {layout.n, layout.c, layout.s, layout.channels_last != 0};
 }
 
-// Tells batches apart: any changed bit of any value changes it. In four lanes, because each step
-// waits for the one before.
-uint64_t digest(const double* values, int64_t n) {
-  uint64_t lanes[4] = {1, 2, 3, 4};
-  for (int64_t i = 0; i < n; ++i) {
-    uint64_t word;
-    std::memcpy(&word, values + i, sizeof word);
-    uint64_t& lane = lanes[i % 4];
-    lane = (lane ^ word) * 0x9e3779b97f4a7c15u;
-    lane ^= lane >> 32;
-  }
-  uint64_t all = 0;
-  for (uint64_t lane : lanes) all = (all ^ lane) * 0x9e3779b97f4a7c15u;
-  return all;
-}
+DType dtype_of(const syncbn_layout& layout) { return static_cast<DType>(layout.dtype); }
+
+// What the loops need of a normalization, and whether they gate by its ReLU.
+struct Prepared {
+  Parameters parameters;
+  const double *mean, *invstd;
+  double count;
+  Coefficients by;
+  const Affine* gate;
+
+  Prepared(const syncbn_normalization& of, int64_t channels)
+      : parameters{of.weight, of.bias, of.parameters_in_float64 != 0},
+        mean(of.statistics + 1),
+        invstd(mean + channels),
+        count(std::max(of.statistics[0], 1.0)),
+        by(channels, mean, invstd, parameters),
+        gate(of.relu ? &by.affine : nullptr) {}
+  Prepared(const Prepared&) = delete;  // gate points into it
+  Prepared& operator=(const Prepared&) = delete;
+};
 
 }  // namespace
 }  // namespace syncbn
 
-using syncbn::Affine;
-using syncbn::Coefficients;
-using syncbn::DType;
-using syncbn::Parameters;
+using syncbn::Prepared;
 using syncbn::Range;
 using syncbn::Shape;
 
-#pragma GCC visibility push(default)
-extern "C" {
+int32_t syncbn_interface() { return SYNCBN_INTERFACE; }
 
-// Counted up with every change of this interface; syncbn/_native/__init__.py asks for its own.
-int32_t syncbn_interface() { return 3; }
-
-// Limits the instructions: 0 for what every machine has, 1 for AVX2, 2 for AVX-512. Returns what is
-// used then. For tests, before anything is computed.
 int32_t syncbn_limit_level(int32_t level) {
   syncbn::chosen = &syncbn::choose(level);
 #if defined(__x86_64__)
@@ -192,32 +176,31 @@ int32_t syncbn_limit_level(int32_t level) {
   return 0;
 }
 
-// mean and m2 of each channel, c values each; 0 for an empty tensor.
-void syncbn_local_moments(int32_t dtype, const void* x, int64_t n, int64_t c, int64_t s,
-                          int32_t channels_last, int32_t threads, double* mean, double* m2) {
-  const Shape shape{n, c, s, channels_last != 0};
-  const DType type = static_cast<DType>(dtype);
-  const int64_t count = n * s;
+void syncbn_local_moments(const syncbn_layout* layout, const void* x, double* moments) {
+  const Shape shape = syncbn::shape_of(*layout);
+  const syncbn::DType type = syncbn::dtype_of(*layout);
+  const int64_t c = shape.c, count = shape.n * shape.s;
+  double *mean = moments + 1, *m2 = mean + c;
+  moments[0] = static_cast<double>(count);
   if (count * c == 0) {
-    std::fill_n(mean, c, 0.0);
-    std::fill_n(m2, c, 0.0);
+    std::fill_n(mean, 2 * c, 0.0);
     return;
   }
-  std::vector<double> shift(c), first(c), second(c);
-  syncbn::first_values(type, x, shape, shift.data());
+  std::vector<double> values(3 * c);
+  double *shift = values.data(), *first = shift + c, *second = first + c;
+  syncbn::first_values(type, x, shape, shift);
   for (bool again = true, repeated = false; again; repeated = true) {
     again = false;
-    syncbn::reduce(shape, threads, first.data(), second.data(),
-                   [&](Range range, double* a, double* b) {
-                     syncbn::chosen->sums(type, x, shape, range, shift.data(), a, b);
-                   });
+    syncbn::reduce(shape, layout->threads, first, second, [&](Range range, double* a, double* b) {
+      syncbn::chosen->sums(type, x, shape, range, shift, a, b);
+    });
     for (int64_t i = 0; i < c; ++i) {
       const double offset = first[i] / static_cast<double>(count);
       const double lost = first[i] * offset;
       m2[i] = second[i] - lost;
       mean[i] = shift[i] + offset;
       if (m2[i] < 0.0) m2[i] = 0.0;  // and NaN stays
-      // Where the first value lay far off, the subtraction above cost digits: once more, about the
+      // If the first value lay far off, the subtraction above cost digits: once more, about the
       // mean. Below a thousand times the variance, float64 has thirteen digits left.
       if (!repeated && lost > 1e3 * m2[i]) {
         shift[i] = mean[i];
@@ -227,62 +210,71 @@ void syncbn_local_moments(int32_t dtype, const void* x, int64_t n, int64_t c, in
   }
 }
 
-// This rank's moments, made ready to be added up over the ranks: 2c + 1 values, those of
-// to_summable() and add_fingerprint() in syncbn/moments.py; shift may be null, for 0. In a world of
-// one, the moments as they are: count, mean, m2. Returns a digest of the moments.
-uint64_t syncbn_summable_moments(int32_t dtype, const void* x, int64_t n, int64_t c, int64_t s,
-                                 int32_t channels_last, int32_t threads, const double* shift,
-                                 int32_t rank, int32_t world, double* vector) {
+void syncbn_pack_moments(const double* moments, int64_t c, const double* shift, double* vector) {
+  const double count = moments[0], *mean = moments + 1, *m2 = mean + c;
   double *first = vector + 1, *second = first + c;
-  vector[0] = static_cast<double>(n * s);
-  syncbn_local_moments(dtype, x, n, c, s, channels_last, threads, first, second);
-  const uint64_t digest = syncbn::digest(vector, 2 * c + 1);
-  if (world <= 1) return digest;
-  const double count = vector[0];
+  vector[0] = count;
   for (int64_t i = 0; i < c; ++i) {
-    const double offset = first[i] - (shift ? shift[i] : 0.0);
+    const double offset = mean[i] - (shift ? shift[i] : 0.0);
     first[i] = count * offset;
-    second[i] += first[i] * offset;
+    second[i] = m2[i] + first[i] * offset;
   }
-  if (shift) vector[0] += syncbn::fingerprint(shift, c, rank, world);
-  return digest;
 }
 
-// From the sum of all ranks' vectors, or, not summed, from one rank's moments: to count, mean and
-// m2, in place, and to statistics, mean and 1/sqrt(variance + eps). A shift is then moved to the
-// mean, where there is one. Returns the count, and has changed nothing where it is none.
-double syncbn_global_moments(double* vector, int32_t summed, double* shift, int64_t c, double eps,
-                             double* statistics) {
+void syncbn_unpack_moments(const double* vector, int64_t c, const double* shift, double* moments) {
   const double count = vector[0], at_least_one = std::max(count, 1.0);
-  if (!(count >= 0.0 && count < syncbn::kCountLimit)) return count;
-  double *first = vector + 1, *second = first + c, *invstd = statistics + c;
-  if (summed) {
-    for (int64_t i = 0; i < c; ++i) {
-      const double offset = first[i] / at_least_one;
-      const double m2 = second[i] - first[i] * offset;
-      second[i] = m2 < 0.0 ? 0.0 : m2;  // and NaN stays
-      first[i] = shift && count > 0.0 ? offset + shift[i] : offset;
-    }
-    if (shift && count > 0.0)
-      for (int64_t i = 0; i < c; ++i)
-        if (std::isfinite(first[i])) shift[i] = first[i];
-  }
+  const double *first = vector + 1, *second = first + c;
+  double *mean = moments + 1, *m2 = mean + c;
+  moments[0] = count;
   for (int64_t i = 0; i < c; ++i) {
-    statistics[i] = first[i];
-    invstd[i] = 1.0 / std::sqrt(second[i] / at_least_one + eps);
+    const double offset = first[i] / at_least_one;
+    const double squares = second[i] - first[i] * offset;
+    mean[i] = shift && count > 0.0 ? offset + shift[i] : offset;
+    m2[i] = squares < 0.0 ? 0.0 : squares;  // and NaN stays
   }
-  return count;
 }
 
-// Moves running statistics towards those of a batch, count, mean and m2; momentum below 0 for the
-// plain average over all batches. A batch without samples changes nothing.
-void syncbn_track(const double* moments, int64_t c, double momentum, float* running_mean,
-                  float* running_var, int64_t* batches) {
+void syncbn_move_shift(const double* vector, int64_t c, int32_t about_shift, double* shift) {
+  const double count = vector[0];
+  if (!(count > 0.0)) return;
+  for (int64_t i = 0; i < c; ++i) {
+    const double offset = vector[1 + i] / std::max(count, 1.0);
+    const double mean = about_shift ? offset + shift[i] : offset;
+    if (std::isfinite(mean)) shift[i] = mean;
+  }
+}
+
+void syncbn_add_fingerprint(const double* shift, int64_t size, int32_t rank, int32_t world,
+                            double* count) {
+  int bits = 13;
+  for (int32_t rest = world - 1; rest > 0; rest >>= 1) --bits;
+  if (bits <= 0) return;
+  uint64_t mixed = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    int64_t word;
+    std::memcpy(&word, shift + i, sizeof word);
+    mixed += static_cast<uint64_t>(word ^ (word >> 32)) * static_cast<uint64_t>(2 * i + 1);
+  }
+  mixed *= 0x9e3779b97f4a7c15u;  // 2^64 divided by the golden ratio
+  const double share = (rank == 0 ? world - 1 : -1) * syncbn::kCountLimit;
+  *count += share * static_cast<double>(mixed >> (64 - bits));
+}
+
+void syncbn_statistics(const double* moments, int64_t c, double eps, double* statistics) {
+  const double at_least_one = std::max(moments[0], 1.0);
+  const double* m2 = moments + 1 + c;
+  std::copy_n(moments, 1 + c, statistics);
+  for (int64_t i = 0; i < c; ++i)
+    statistics[1 + c + i] = 1.0 / std::sqrt(m2[i] / at_least_one + eps);
+}
+
+void syncbn_update_running(const double* moments, int64_t c, double momentum, float* running_mean,
+                           float* running_var, int64_t* num_batches_tracked) {
   const double count = moments[0];
   const double *mean = moments + 1, *m2 = mean + c;
   if (!(count > 0.0)) return;
-  ++*batches;
-  if (momentum < 0.0) momentum = 1.0 / static_cast<double>(*batches);
+  ++*num_batches_tracked;
+  if (momentum < 0.0) momentum = 1.0 / static_cast<double>(*num_batches_tracked);
   const double keep = 1.0 - momentum, freedom = std::max(count - 1.0, 1.0);
   for (int64_t i = 0; i < c; ++i) {
     running_mean[i] = static_cast<float>(running_mean[i] * keep + mean[i] * momentum);
@@ -290,65 +282,50 @@ void syncbn_track(const double* moments, int64_t c, double momentum, float* runn
   }
 }
 
-// Null weight, bias, residual for none.
-void syncbn_normalize(int32_t dtype, const void* x, const void* residual, void* y, int64_t n,
-                      int64_t c, int64_t s, int32_t channels_last, int32_t threads,
-                      const double* mean, const double* invstd, const void* weight,
-                      const void* bias, int32_t in_float64, int32_t relu) {
-  const Shape shape{n, c, s, channels_last != 0};
-  const Parameters parameters{weight, bias, in_float64 != 0};
-  const Coefficients by(c, mean, invstd, parameters);
-  syncbn::elementwise(shape, threads, [&](Range range) {
-    syncbn::chosen->normalize(static_cast<DType>(dtype), x, residual, y, shape, range, by.affine,
-                              relu != 0);
+void syncbn_normalize(const syncbn_layout* layout, const void* x, const void* residual,
+                      const syncbn_normalization* normalization, void* y) {
+  const Shape shape = syncbn::shape_of(*layout);
+  const Prepared of(*normalization, shape.c);
+  syncbn::elementwise(shape, layout->threads, [&](Range range) {
+    syncbn::chosen->normalize(syncbn::dtype_of(*layout), x, residual, y, shape, range, of.by.affine,
+                              normalization->relu != 0);
   });
 }
 
-// Σdy and Σdy·x̂ of each channel, c values each; and the same rounded to float32, where not null.
-void syncbn_backward_reduce(int32_t dtype, const void* dy, const void* x, int64_t n, int64_t c,
-                            int64_t s, int32_t channels_last, int32_t threads, const double* mean,
-                            const double* invstd, const void* weight, const void* bias,
-                            int32_t in_float64, int32_t relu, double* sum_dy, double* sum_dy_xhat,
-                            float* rounded_dy, float* rounded_dy_xhat) {
-  const Shape shape{n, c, s, channels_last != 0};
-  const Parameters parameters{weight, bias, in_float64 != 0};
-  const Coefficients by(c, mean, invstd, parameters);
-  const Affine* gate = relu ? &by.affine : nullptr;
-  syncbn::reduce(shape, threads, sum_dy, sum_dy_xhat, [&](Range range, double* a, double* b) {
-    syncbn::chosen->gradient_sums(static_cast<DType>(dtype), dy, x, shape, range, mean, gate, a, b);
+void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy, const void* x,
+                            const syncbn_normalization* normalization, double* sums,
+                            float* rounded) {
+  const Shape shape = syncbn::shape_of(*layout);
+  const Prepared of(*normalization, shape.c);
+  double* sum_dy_xhat = sums + shape.c;
+  syncbn::reduce(shape, layout->threads, sums, sum_dy_xhat, [&](Range range, double* a, double* b) {
+    syncbn::chosen->gradient_sums(syncbn::dtype_of(*layout), dy, x, shape, range, of.mean, of.gate,
+                                  a, b);
   });
-  for (int64_t i = 0; i < c; ++i) sum_dy_xhat[i] *= invstd[i];
-  if (rounded_dy) std::copy_n(sum_dy, c, rounded_dy);
-  if (rounded_dy_xhat) std::copy_n(sum_dy_xhat, c, rounded_dy_xhat);
+  for (int64_t i = 0; i < shape.c; ++i) sum_dy_xhat[i] *= of.invstd[i];
+  if (rounded) std::copy_n(sums, 2 * shape.c, rounded);
 }
 
-// dx = weight·invstd·(dy − sum_dy/count − x̂·sum_dy_xhat/count), with a count of at least 1.
-void syncbn_backward_input(int32_t dtype, const void* dy, const void* x, void* dx, int64_t n,
-                           int64_t c, int64_t s, int32_t channels_last, int32_t threads,
-                           const double* mean, const double* invstd, const void* weight,
-                           const void* bias, int32_t in_float64, int32_t relu,
-                           const double* sum_dy, const double* sum_dy_xhat, double count) {
-  const Shape shape{n, c, s, channels_last != 0};
-  const Parameters parameters{weight, bias, in_float64 != 0};
-  const Coefficients by(c, mean, invstd, parameters);
-  const Affine* gate = relu ? &by.affine : nullptr;
+void syncbn_backward_input(const syncbn_layout* layout, const void* dy, const void* x,
+                           const syncbn_normalization* normalization, const double* sums,
+                           void* dx) {
+  const Shape shape = syncbn::shape_of(*layout);
+  const Prepared of(*normalization, shape.c);
+  const int64_t c = shape.c;
+  const double *sum_dy = sums, *sum_dy_xhat = sums + c;
   std::vector<float> values(3 * c);
   float *slope = values.data(), *factor = slope + c, *constant = factor + c;
-  count = std::max(count, 1.0);
   for (int64_t i = 0; i < c; ++i) {
-    const double scale = invstd[i] * parameters.weight_at(i);
+    const double scale = of.invstd[i] * of.parameters.weight_at(i);
     // x̂·Σdy·x̂/count = (x − mean)·steepness
-    const double steepness = invstd[i] * (sum_dy_xhat[i] / count);
-    const double rest = mean[i] - static_cast<double>(by.affine.head[i]);
+    const double steepness = of.invstd[i] * (sum_dy_xhat[i] / of.count);
+    const double rest = of.mean[i] - static_cast<double>(of.by.affine.head[i]);
     slope[i] = static_cast<float>(-scale * steepness);
     factor[i] = static_cast<float>(scale);
-    constant[i] = static_cast<float>(scale * (rest * steepness - sum_dy[i] / count));
+    constant[i] = static_cast<float>(scale * (rest * steepness - sum_dy[i] / of.count));
   }
-  syncbn::elementwise(shape, threads, [&](Range range) {
-    syncbn::chosen->gradient(static_cast<DType>(dtype), dy, x, dx, shape, range, by.affine.head,
-                             slope, factor, constant, gate);
+  syncbn::elementwise(shape, layout->threads, [&](Range range) {
+    syncbn::chosen->gradient(syncbn::dtype_of(*layout), dy, x, dx, shape, range, of.by.affine.head,
+                             slope, factor, constant, of.gate);
   });
 }
-
-}  // extern "C"
-#pragma GCC visibility pop

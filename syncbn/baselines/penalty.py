@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.comm.exchange import Call, Memory, checked_sum, refuse
+from syncbn.comm.exchange import Exchange, Memory
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.moments import add_fingerprint
+from syncbn.ops.all_reduce import checked_all_reduce
 from syncbn.ops.batch_norm import reason_to_refuse
-from syncbn.ops.generic import differentiable_sum
 
 
 class StatisticsPenalty:
@@ -94,7 +93,8 @@ class StatisticsPenalty:
             return
         reducer = select_reducer(self._group, output.device)
         channels = output.shape[1] if output.dim() > 1 else 0
-        call = Call(reducer, Memory(channels, output.device, module), channels, output.dtype)
+        memory = Memory(channels, output.device, module)
+        exchange = Exchange(reducer, memory, channels, output.dtype)
         reason = reason_to_refuse(output)
         if not torch.is_grad_enabled():
             reason = (
@@ -102,17 +102,13 @@ class StatisticsPenalty:
                 "and no unit inside reentrant activation checkpointing"
             )
         if reason:
-            refuse(call, output.device, reason)
+            exchange.refuse(output.device, reason)
             raise InputError(reason)
         values = output.transpose(0, 1).flatten(1).double()
         local = values.new_full((1,), values.shape[1])
         sums = torch.cat([local, values.sum(1), values.square().sum(1)])
-        # In the shift's place, for nothing is subtracted: which unit these are sums of.
-        unit = values.new_full((1,), number)
-        fingerprinted = add_fingerprint(sums, unit, reducer.rank, reducer.world_size)
-        total = checked_sum(differentiable_sum(fingerprinted, call, "forward"), call)
-        if total is None:  # the same unit, which is another one's number among these
-            total = differentiable_sum(sums, call, "forward")
+        # Which unit these are sums of: another one on another rank would be as long.
+        total = checked_all_reduce(sums, values.new_full((1,), number), exchange)
         mean, square = (total[1:] / total[0].detach().clamp(min=1)).chunk(2)
         variance = square - mean.square()
         self._terms.append((mean.square() + (variance - 1).square()).mean())

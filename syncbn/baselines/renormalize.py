@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.comm.exchange import Call, Memory, global_moments, refuse, require_two_values
+from syncbn.comm.exchange import Exchange, Memory
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.kernels.protocol import ReferenceKernels
-from syncbn.ops.batch_norm import reason_to_refuse
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.ops.batch_norm import global_moments, reason_to_refuse
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,17 @@ class Renormalizer:
         """Return μ and σ of the global batch, or 0 and 1 where it has no samples."""
         channels = len(unit.bias)
         reducer = select_reducer(self._group, output.device)
-        call = Call(reducer, Memory(channels, output.device, unit.module), channels, output.dtype)
+        memory = Memory(channels, output.device, unit.module)
+        exchange = Exchange(reducer, memory, channels, output.dtype)
         reason = reason_to_refuse(output)
         if not reason and output.shape[1] != channels:
             reason = (
                 f"unit {name!r} has {channels} biases, but outputs of shape {tuple(output.shape)}"
             )
         if reason:
-            refuse(call, output.device, reason)
+            exchange.refuse(output.device, reason)
             raise InputError(reason)
-        moments = global_moments(ReferenceKernels().local_moments(output), call)
-        require_two_values(moments.count, output[:, 0].numel(), call)
+        moments = global_moments(output, ReferenceKernels(), exchange)
         if not (moments.mean.isfinite().all() and moments.m2.isfinite().all()):
             raise InputError(f"the statistics of unit {name!r} are not finite")
         variance = moments.variance()
@@ -167,5 +167,7 @@ class Renormalizer:
 
 
 def _root_mean_square(values: Mapping[str, Tensor]) -> float:
-    together = torch.cat([torch.zeros(0), *values.values()])
-    return together.square().mean().sqrt().item() if len(together) else 0.0
+    if not values:
+        return 0.0
+    together = torch.cat(list(values.values()))
+    return together.square().mean().sqrt().item()

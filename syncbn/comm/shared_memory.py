@@ -176,7 +176,7 @@ class _Channel:
             for number, member in enumerate(members)
             if number != rank
         }
-        self._head = (self._base, len(members), _CAPACITY)
+        self._channel = _native.Channel(self._base, _CAPACITY, len(members), rank)
         weakref.finalize(self, _close_all, list(self._peers.values()))
 
     @classmethod
@@ -238,15 +238,13 @@ class _Channel:
         if self._broken is not None:
             raise ReplicaError(f"shared memory failed earlier: {self._broken}")
         self._round = round_ = (self._round + 1) & 0xFFFFFFFF
-        head, me = self._head, self.rank
+        channel, me = self._channel, self.rank
         how_long = self._spins, _SLICE_US
         try:
-            state = library.syncbn_channel_sum(
-                *head, me, round_, values, total, n, whole, *how_long
-            )
+            state = library.syncbn_channel_sum(channel, round_, values, total, n, whole, *how_long)
             if state == -1:
                 return
-            arguments = *head, me, round_, total, n, whole, *how_long
+            arguments = channel, round_, total, n, whole, *how_long
             deadline = time.monotonic() + self._timeout_s
             while state >= 0:
                 trouble = self._trouble(state, deadline)
@@ -273,7 +271,7 @@ class _Channel:
         if poller.poll(0):
             return f"rank {number} (process {pid} on this host) is gone"
         assert _native.library is not None
-        if _native.library.syncbn_channel_gave_up(*self._head, missing):
+        if _native.library.syncbn_channel_gave_up(self._channel, missing):
             return f"rank {number} (process {pid} on this host) gave up, and says why itself"
         if time.monotonic() > deadline:
             return (
@@ -290,7 +288,7 @@ class _Channel:
         """Let the other ranks of this host know that this one posts no more."""
         self._broken = self._broken or "this rank was interrupted"
         assert _native.library is not None
-        _native.library.syncbn_channel_give_up(*self._head, self.rank)
+        _native.library.syncbn_channel_give_up(self._channel)
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn._native.plain import transforming
+from syncbn.kernels.protocol import Normalization
 from syncbn.moments import Moments
 
 
@@ -39,82 +41,71 @@ class ReferenceKernels:
         m2 = torch.linalg.vector_norm(deviation, 2, axes, dtype=torch.float64).square()
         m2 = (m2 - count * error.square()).clamp(min=0)
         total = torch.full((), float(count), dtype=torch.float64, device=x.device)
-        return Moments(total, near.double() + error, m2)
+        return Moments.of(total, near.double() + error, m2)
 
-    def normalize(
-        self,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
+    def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """Return (x − mean)·invstd·weight + bias + residual, or max(·, 0), in x's dtype, format."""
-        values, rest = _center(x, mean)
-        scale = invstd if weight is None else invstd * weight
-        offset = -rest * scale if bias is None else bias - rest * scale
-        y = values.mul_(_per_channel(scale, x)).add_(_per_channel(offset, x))
+        values, rest = _center(x, norm.mean)
+        scale = norm.invstd if norm.weight is None else norm.invstd * norm.weight
+        offset = -rest * scale if norm.bias is None else norm.bias - rest * scale
+        y = _affine(values, _per_channel(scale, x), _per_channel(offset, x))
         if residual is not None:
-            y = y.add_(residual)
-        if relu:
-            y = y.relu_()
+            y = y + residual
+        if norm.relu:
+            y = y.relu()
         return y.to(x.dtype)
 
-    def backward_reduce(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        relu: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Return Σdy and Σdy·x̂ over this replica, each (C,), float64."""
+    def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
+        """Return Σdy and Σdy·x̂ over this replica, shape (2C,), float64."""
         axes = _batch_axes(x)
-        if relu:
-            dy = self._gated(dy, x, mean, invstd, weight, bias)
-        values, rest = _center(x, mean)
+        if norm.relu:
+            dy = self._gated(dy, x, norm)
+        values, rest = _center(x, norm.mean)
         sum_dy = dy.sum(axes, dtype=torch.float64)
-        sum_dy_centered = values.mul_(dy).sum(axes, dtype=torch.float64) - rest * sum_dy
-        return sum_dy, sum_dy_centered * invstd
+        sum_dy_centered = (values * dy).sum(axes, dtype=torch.float64) - rest * sum_dy
+        return torch.cat([sum_dy, sum_dy_centered * norm.invstd])
 
-    def backward_input(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        mean_dy: Tensor,
-        mean_dy_xhat: Tensor,
-        bias: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
-        """Return dx = weight·invstd·(dy − mean_dy − x̂·mean_dy_xhat), in x's dtype and format."""
-        if relu:
-            dy = self._gated(dy, x, mean, invstd, weight, bias)
-        values, rest = _center(x, mean)
-        scale = invstd if weight is None else invstd * weight
-        slope = invstd * mean_dy_xhat  # x̂·mean_dy_xhat = (values − rest)·slope
+    def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
+        """Return dx = weight·invstd·(dy − Σdy/count − x̂·Σdy·x̂/count), in x's dtype and format."""
+        if norm.relu:
+            dy = self._gated(dy, x, norm)
+        mean_dy, mean_dy_xhat = (sums / norm.total.clamp(min=1)).chunk(2)
+        values, rest = _center(x, norm.mean)
+        scale = norm.invstd if norm.weight is None else norm.invstd * norm.weight
+        slope = norm.invstd * mean_dy_xhat  # x̂·mean_dy_xhat = (values − rest)·slope
         offset = scale * (rest * slope - mean_dy)
-        values.mul_(_per_channel(-scale * slope, x)).add_(_per_channel(offset, x))
-        return values.addcmul_(dy.to(values.dtype), _per_channel(scale, x)).to(x.dtype)
+        dx = _affine(values, _per_channel(-scale * slope, x), _per_channel(offset, x))
+        return torch.addcmul(dx, dy.to(dx.dtype), _per_channel(scale, x)).to(x.dtype)
 
-    def _gated(
+    @torch.no_grad()
+    def update_running(
         self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+        moments: Moments,
+        running_mean: Tensor,
+        running_var: Tensor,
+        num_batches_tracked: Tensor,
+        momentum: float | None,
+    ) -> None:
+        """Move running statistics, in place, towards the moments of a batch.
+
+        Without a branch on the count, which would make the host wait for a GPU.
+        """
+        seen = moments.count > 0
+        num_batches_tracked.add_(seen)
+        share: Tensor | float = 0.0 if momentum is None else momentum
+        if momentum is None:
+            share = 1.0 / num_batches_tracked.clamp(min=1).double()
+        for running, batch in (
+            (running_mean, moments.mean),
+            (running_var, moments.unbiased_variance()),
+        ):
+            moved = running.double() * (1 - share) + batch * share
+            running.copy_(torch.where(seen, moved, running.double()))
+
+    def _gated(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """Return dy as it is before the ReLU: a function of dy alone, since steps have no slope."""
         with torch.no_grad():
-            closed = self.normalize(x, mean, invstd, weight, bias) <= 0  # so that NaN passes
+            closed = self.normalize(x, norm._replace(relu=False)) <= 0  # so that NaN passes
         return dy.masked_fill(closed, 0)
 
 
@@ -135,3 +126,10 @@ def _center(x: Tensor, mean: Tensor) -> _Centered:
     """Return x − head as a fresh tensor, with head = mean in the compute dtype, and rest."""
     head = mean.detach().to(_compute_dtype(x))  # the rest carries the mean's gradient
     return _Centered(x - _per_channel(head, x), mean - head.double())
+
+
+def _affine(values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Return values·scale + offset; writes into the values, which nobody else has, if it may."""
+    if transforming():  # under vmap, the values may lack the scale's members
+        return values * scale + offset
+    return values.mul_(scale).add_(offset)

@@ -1,4 +1,4 @@
-"""What every synchronised layer has: its process group, its reducer, and what it remembers."""
+"""What every synchronized layer has: its process group, its reducer, and what it remembers."""
 
 import copy
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn.comm.exchange import Call, Memory
+from syncbn.comm.exchange import Exchange, Memory
 from syncbn.comm.reducer import CHOICES, select_reducer
 from syncbn.errors import InputError
 
@@ -21,12 +21,12 @@ class RanksOfGroup:
     ranks: tuple[int, ...]
 
 
-class Synchronised(nn.Module):
-    """What a layer needs to synchronise: its process group and reducer, and what it remembers.
+class Synchronized(nn.Module):
+    """What a layer needs to synchronize: its process group and reducer, and what it remembers.
 
     Attributes:
         num_features: C, the channels of its inputs.
-        process_group: the replicas to synchronise with; None means the default group.
+        process_group: the replicas to synchronize with; None means the default group.
         reducer: who sums over the replicas; None for the environment's choice.
     """
 
@@ -36,10 +36,10 @@ class Synchronised(nn.Module):
     # Of the class, so that a converted layer has it too.
     reducer: str | None = None
 
-    def _call(self, input: Tensor) -> Call:
-        """Return the call of this layer with an input."""
+    def _exchange(self, input: Tensor) -> Exchange:
+        """Return what a call of this layer with an input exchanges."""
         reducer = select_reducer(self._group(), input.device, self.reducer)
-        return Call(reducer, self._memory, self.num_features, input.dtype)
+        return Exchange(reducer, self._memory, self.num_features, input.dtype)
 
     def _group(self) -> dist.ProcessGroup | None:
         group = self.process_group
@@ -48,7 +48,7 @@ class Synchronised(nn.Module):
         if not (dist.is_available() and dist.is_initialized()):
             raise InputError(
                 f"this layer was pickled with a process group of the ranks {list(group.ranks)}, "
-                "and torch.distributed is not initialised; set its process_group, or use eval mode"
+                "and torch.distributed is not initialized; set its process_group, or use eval mode"
             )
         if list(group.ranks) != list(range(dist.get_world_size())):
             raise InputError(
@@ -85,7 +85,7 @@ class Synchronised(nn.Module):
         adopt(self, state.get("_memory"))
 
 
-def adopt(layer: Synchronised, shift: Tensor | None = None) -> None:
+def adopt(layer: Synchronized, shift: Tensor | None = None) -> None:
     """Give a layer, new or converted or copied, the memory that its forward needs."""
     memory = Memory(layer.num_features, _device(layer), layer)
     if shift is not None:
@@ -113,14 +113,14 @@ def refuse_join() -> None:
     join = wrapper._join_config  # pyright: ignore[reportPrivateUsage] -- as above
     if join.enable and not join.throw_on_early_termination:
         raise InputError(
-            "a synchronised layer cannot run under join(): a rank that has run out "
+            "a synchronized layer cannot run under join(): a rank that has run out "
             "of batches would leave the others waiting for its statistics; pass "
             "throw_on_early_termination=True to stop all ranks then, or, instead of join(), let "
             "such a rank go on with empty batches, such as x[:0], which change nothing"
         )
 
 
-def _device(layer: Synchronised) -> torch.device:
+def _device(layer: Synchronized) -> torch.device:
     for tensor in (layer.running_mean, layer.weight):
         if isinstance(tensor, Tensor):
             return tensor.device

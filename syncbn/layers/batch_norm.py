@@ -1,25 +1,25 @@
 """`SyncBatchNorm`: the layer that holds parameters and running statistics around `functional`."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from syncbn.comm.exchange import Call, refuse
+from syncbn.comm.exchange import Exchange
+from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
-from syncbn.kernels.native import track
-from syncbn.kernels.protocol import ReferenceKernels
-from syncbn.layers.base import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
 from syncbn.moments import Moments
-from syncbn.ops.batch_norm import alike, normalize, reason_to_refuse
+from syncbn.ops.batch_norm import alike, global_moments, normalize, reason_to_refuse
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
 
-class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
+class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- DDP refuses nn.SyncBatchNorm's subclasses on CPU; tools look for this base
     """Batch normalization whose μ and σ are those of the batch of all replicas together.
 
     In training, y = (x − μ)/√(σ² + eps)·weight + bias over the concatenation of every replica's
@@ -128,11 +128,15 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         refuse_join()
-        call = self._call(input)
-        parameters = self.weight, self.bias
-        output, moments = normalize(input, *parameters, residual, self.eps, relu, call)
-        if moments is not None and self.track_running_stats:
-            self._track(moments)
+        weight, bias = self.weight, self.bias
+        kernels = select_kernels(input, weight, bias, residual)
+        exchange = self._exchange(input)
+        moments = global_moments(input, kernels, exchange)
+        output = normalize(
+            input, moments, weight, bias, residual, self.eps, relu, kernels, exchange
+        )
+        if self.track_running_stats:
+            self._track(moments, kernels)
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -146,15 +150,18 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
         if not reason:
             return
         if self.training:
-            refuse(self._call(input), input.device, reason)
+            self._exchange(input).refuse(input.device, reason)
         raise InputError(reason)
 
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         if mean is None or variance is None:
             # The batch's own statistics stand in, unsynchronised: torch's rule.
-            call = Call(SingleReplica(), None, self.num_features, input.dtype)
-            return normalize(input, self.weight, self.bias, None, self.eps, False, call)[0]
+            alone = Exchange(SingleReplica(), None, self.num_features, input.dtype)
+            kernels = select_kernels(input, self.weight, self.bias)
+            moments = global_moments(input, kernels, alone)
+            parameters = self.weight, self.bias, None
+            return normalize(input, moments, *parameters, self.eps, False, kernels, alone)
         parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
         dtypes = {parameter.dtype for parameter in parameters}
         if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):
@@ -167,33 +174,23 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
             )
         # torch's kernels want parameters of one dtype that fits the input's.
         invstd = torch.rsqrt(variance.double() + self.eps)
-        return ReferenceKernels().normalize(input, mean.double(), invstd, self.weight, self.bias)
+        statistics = torch.cat([torch.ones_like(invstd[:1]), mean.double(), invstd])
+        norm = Normalization(statistics, self.weight, self.bias)
+        return ReferenceKernels().normalize(input, norm)
 
-    @torch.no_grad()
-    def _track(self, moments: Moments) -> None:
-        """Move the running statistics towards a batch; a batch without samples changes nothing.
-
-        Without a branch on the count, which would make the host wait for a GPU.
-        """
+    def _track(self, moments: Moments, kernels: Kernels) -> None:
+        """Move the running statistics towards a batch, unless checkpointing only repeats it."""
         # By its own dictionary: nn.Module takes longer to find an attribute.
         running_mean, running_var, num_batches_tracked = map(self._buffers.get, _RUNNING)
         if running_mean is None or running_var is None or num_batches_tracked is None:
             return
         buffers = running_mean, running_var, num_batches_tracked
-        if track(moments, *buffers, self.momentum):
-            return
-        seen = moments.count > 0
-        num_batches_tracked.add_(seen)
-        if self.momentum is None:
-            momentum: Any = 1.0 / num_batches_tracked.clamp(min=1).double()
-        else:
-            momentum = self.momentum
-        for running, batch in (
-            (running_mean, moments.mean),
-            (running_var, moments.unbiased_variance()),
-        ):
-            moved = running.double() * (1 - momentum) + batch * momentum
-            running.copy_(torch.where(seen, moved, running.double()))
+        checkpointed = None if torch.compiler.is_compiling() else region()
+        if checkpointed is None:
+            kernels.update_running(moments, *buffers, self.momentum)
+        elif checkpointed.repeats is None:
+            with checkpointed.hidden():
+                kernels.update_running(moments, *buffers, self.momentum)
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- as above

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.comm.exchange import Call, refuse, require_two_values
+from syncbn.comm.exchange import Exchange
+from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
-from syncbn.layers.base import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
 from syncbn.ops.batch_norm import reason_to_refuse
 from syncbn.ops.covariance import global_covariance
 from syncbn.ops.inverse_sqrt import inverse_root
@@ -23,7 +24,7 @@ Method = Literal["zca", "newton"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 
-class SyncWhitening(Synchronised):
+class SyncWhitening(Synchronized):
     """Whitening whose mean and covariance are those of the batch of all replicas together.
 
     In training, y = Σ^(−1/2)·(x − μ)·weight + bias, where μ and Σ are the mean and the covariance
@@ -148,7 +149,7 @@ class SyncWhitening(Synchronised):
             assert self.running_whitening is not None
             assert self.num_batches_tracked is not None
             self.running_mean.zero_()
-            self.running_whitening.copy_(torch.eye(self.group_size))
+            self.running_whitening.copy_(_identity(self.running_whitening))
             self.num_batches_tracked.zero_()
 
     def reset_parameters(self) -> None:
@@ -176,13 +177,13 @@ class SyncWhitening(Synchronised):
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
         if reason:
             if self.training:
-                refuse(self._call(input), input.device, reason, self._sums())
+                self._exchange(input).refuse(input.device, reason, self._sums())
             raise InputError(reason)
         if self.training:
             refuse_join()
-            return self._train(input, self._call(input))
+            return self._train(input, self._exchange(input))
         if self.running_mean is None or self.running_whitening is None:
-            alone = Call(SingleReplica(), None, self.num_features, input.dtype)
+            alone = Exchange(SingleReplica(), None, self.num_features, input.dtype)
             return self._train(input, alone)
         dtype = torch.promote_types(input.dtype, torch.float32)
         mean, matrix = self.running_mean.to(dtype), self.running_whitening.to(dtype)
@@ -190,23 +191,28 @@ class SyncWhitening(Synchronised):
             centred = self._grouped(input).to(dtype) - mean.reshape(-1, self.group_size, 1)
             return self._apply_to(centred, None, matrix, input)
 
-    def _train(self, input: Tensor, call: Call) -> Tensor:
+    def _train(self, input: Tensor, exchange: Exchange) -> Tensor:
         values = self._grouped(input).double()
         number = values.shape[2]
         # About the replica's own mean, nothing cancels within its share; as a constant, for the
         # result does not depend on what values are summed about.
         own = values.detach().sum(2) / max(number, 1)
         values = values - own[..., None]
-        offset, covariance, count, mean, rounding = global_covariance(values, own, call)
-        require_two_values(count, number, call)
+        offset, covariance, count, mean, rounding = global_covariance(values, own, exchange)
+        exchange.require_two_values(count, number)
         regular = self._regularised(covariance, count, rounding)
         # Of what is not finite there are no eigenvalues, and the output is not finite either.
         finite = regular.isfinite().all(2, keepdim=True).all(1, keepdim=True)
-        regular = torch.where(finite, regular, torch.eye(self.group_size).to(regular))
+        regular = torch.where(finite, regular, _identity(regular))
         root = inverse_root(regular) if self.method == "zca" else self._iterate(regular)
         matrix = torch.where(finite, root, torch.nan)
-        if self.training and self.track_running_stats and not call.replayed:
-            self._track(count, mean, matrix)
+        if self.training and self.track_running_stats:
+            checkpointed = None if torch.compiler.is_compiling() else region()
+            if checkpointed is None:
+                self._track(count, mean, matrix)
+            elif checkpointed.repeats is None:
+                with checkpointed.hidden():
+                    self._track(count, mean, matrix)
         return self._apply_to(values, offset, matrix, input)
 
     def _grouped(self, input: Tensor) -> Tensor:
@@ -232,7 +238,7 @@ class SyncWhitening(Synchronised):
             share = torch.where(known, best, 1.0).clamp(max=1).reshape(-1, 1, 1)
         else:
             share = self.shrinkage
-        identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+        identity = _identity(covariance)
         target = (trace / size).reshape(-1, 1, 1) * identity
         least = rounding.clamp(min=self.eps).reshape(-1, 1, 1)
         return covariance + share * (target - covariance) + least * identity
@@ -243,7 +249,7 @@ class SyncWhitening(Synchronised):
         R ← ½·(3·R − R³·Σ), coupled with R·Σ, without which rounding errors grow exponentially.
         """
         trace = matrix.diagonal(dim1=1, dim2=2).sum(1).reshape(-1, 1, 1)
-        identity = torch.eye(self.group_size, dtype=matrix.dtype, device=matrix.device)
+        identity = _identity(matrix)
         product, root = matrix / trace, identity
         for _ in range(self.iterations):
             step = 1.5 * identity - 0.5 * root @ product
@@ -300,6 +306,10 @@ def _no_autocast(device: str) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _format(like: Tensor) -> torch.memory_format:

@@ -2,21 +2,29 @@
 
 import inspect
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.comm.exchange import Call, global_moments, require_two_values
+from syncbn._native.plain import has_memory, transforming
+from syncbn.comm.exchange import Exchange
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.kernels.native import is_plain
-from syncbn.kernels.protocol import Kernels, NativeKernels, select_kernels
-from syncbn.moments import Moments
-from syncbn.ops.generic import Saved, gradients, masks
-from syncbn.ops.native import NativeSyncBatchNorm
+from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.moments import Moments, from_summable, statistics_of, to_summable
+from syncbn.ops.all_reduce import all_reduce
+
+# The smallest eps whose 1/√eps the dtype can hold.
+_LEAST_EPS = {
+    dtype: torch.finfo(dtype).max ** -2
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def sync_batch_norm(
@@ -87,9 +95,11 @@ def sync_batch_norm(
         )
     if reason:
         raise InputError(reason)
-    call = Call(select_reducer(process_group, x.device, reducer), None, x.shape[1], x.dtype)
-    y, moments = normalize(x, weight, bias, residual, eps, relu, call)
-    assert moments is not None  # without a memory, there is nothing to repeat
+    sums = select_reducer(process_group, x.device, reducer)
+    exchange = Exchange(sums, None, x.shape[1], x.dtype)
+    kernels = select_kernels(x, weight, bias, residual)
+    moments = global_moments(x, kernels, exchange)
+    y = normalize(x, moments, weight, bias, residual, eps, relu, kernels, exchange)
     return y, moments
 
 
@@ -109,38 +119,77 @@ def alike(x: Tensor, residual: Tensor) -> bool:
     return residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
 
 
+def global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
+    """Return the moments of all replicas' batches together, bit-identical on all of them.
+
+    They carry no gradient: `normalize` knows how they depend on x.
+
+    Communicates: one all-reduce of 2C + 1 float64; none in a world of one, nor when activation
+    checkpointing repeats a forward.
+
+    Raises:
+        InputError: all replicas together hold a single value per channel.
+        ReplicaError: the replicas did not make the same call, or one is gone.
+    """
+    if transforming() and not torch.compiler.is_compiling():
+        packed: Tensor = _GlobalMoments.apply(x.detach(), kernels, exchange)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
+        return Moments(packed)
+    with torch.no_grad():
+        return _global_moments(x.detach(), kernels, exchange)
+
+
+def _global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
+    moments = kernels.local_moments(x)
+    if exchange.reducer.world_size > 1:
+        pack = partial(to_summable, moments)
+        moments = exchange.sum_about(pack, from_summable, x.device)
+    if exchange.reducer.world_size == 1 or x.numel() <= x.shape[1]:
+        exchange.require_two_values(moments.count, x.numel() // x.shape[1])
+    return moments
+
+
 def normalize(
     x: Tensor,
+    moments: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
     relu: bool,
-    call: Call,
-) -> tuple[Tensor, Moments | None]:
-    """Do what `sync_batch_norm` does, on inputs that are known to be good, for a layer's call.
+    kernels: Kernels,
+    exchange: Exchange,
+) -> Tensor:
+    """Return y of `sync_batch_norm`, as a function of x, weight, bias and residual.
 
-    Where the call has a memory, it betters and spares reductions. A call that repeats an earlier
-    one for activation checkpointing does not communicate, and returns no moments.
+    Args:
+        x: shape (N, C, *), as of all inputs known to be good.
+        moments: what `global_moments` gives for x, on which y depends by x.
+        weight: γ, shape (C,); None means 1.
+        bias: β, shape (C,); None means 0.
+        residual: of x's shape, dtype and device; None means 0.
+        eps: added to the variance.
+        relu: whether to return max(y, 0) instead of y.
+        kernels: compute.
+        exchange: of the call; sums in the backward pass.
     """
-    if eps <= torch.finfo(x.dtype).max ** -2:
+    if eps <= _LEAST_EPS.get(x.dtype, 0.0):
         warnings.warn(
-            f"eps is {eps}: where a channel does not vary, the gradient is 1/√eps, which {x.dtype} "
-            f"cannot hold; choose an eps above {torch.finfo(x.dtype).max ** -2:.1e}",
+            f"eps is {eps}: if a channel does not vary, the gradient is 1/√eps, which {x.dtype} "
+            f"cannot hold; choose an eps above {_LEAST_EPS[x.dtype]:.1e}",
             stacklevel=4,
         )
-    kernels = select_kernels()
-    inputs = x, weight, bias, residual
-    if isinstance(kernels, NativeKernels) and is_plain(*inputs):
-        y: Tensor = NativeSyncBatchNorm.apply(*inputs, eps, relu, call)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
-        return y, call.take_moments()
-    outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(*inputs, eps, relu, kernels, call)  # pyright: ignore[reportAssignmentType] -- as above
-    y, count, mean, m2, _ = outputs
-    return y, None if call.replayed else Moments(count, mean, m2)
+    statistics = statistics_of(moments, eps)
+    if torch.compiler.is_compiling():
+        apply = _BatchNorm.apply
+    else:
+        apply = _BatchNormWithTangent.apply if transforming() or not has_memory(x) else _apply
+    return apply(x, weight, bias, residual, statistics, relu, kernels, exchange)
 
 
-class _SyncBatchNorm(torch.autograd.Function):
-    """(x, weight, bias, residual) to (y, count, mean, m2, invstd); only y has a gradient."""
+class _BatchNorm(torch.autograd.Function):
+    """(x, weight, bias, residual, statistics) to y; the statistics are those of x."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
@@ -148,76 +197,166 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        eps: float,
+        statistics: Tensor,
         relu: bool,
         kernels: Kernels,
-        call: Call,
-    ) -> tuple[Tensor, ...]:
-        moments = global_moments(kernels.local_moments(x), call)
-        require_two_values(moments.count, x[:, 0].numel(), call)
-        invstd = torch.rsqrt(moments.variance() + eps)
-        y = kernels.normalize(x, moments.mean, invstd, weight, bias, residual, relu)
+        exchange: Exchange,
+    ) -> Tensor:
+        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
         if torch.compiler.is_compiling():
             # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
             # to the dtype that it has; the compiler fuses the copy away.
             y = y.clone(memory_format=torch.preserve_format)
-        return y, moments.count, moments.mean, moments.m2, invstd
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, _, ctx.relu, ctx.kernels, ctx.call = inputs
-        y, count, mean, m2, invstd = output
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(count, mean, m2, invstd)
-        kept = masks(bias, residual, y, ctx.relu)
-        ctx.save_for_backward(x, weight, *kept, count, mean, invstd)
+        # The ReLU's mask is found again from x and the bias, unless a residual was added.
+        ctx.relu = relu and residual is None
+        kept_bias = bias if ctx.relu else None
+        kept_output = output if relu and residual is not None else None
+        ctx.save_for_backward(x, weight, kept_bias, kept_output, statistics)
+        if _forward_mode():
+            ctx.save_for_forward(x, weight, output if relu else None, statistics)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
-        x, weight, bias, y, count, mean, invstd = ctx.saved_tensors
-        saved = Saved(x, weight, bias, y, count, mean, invstd, ctx.relu)
+        x, weight, bias, y, statistics = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        general = gradients(grads[0], saved, needs[0], ctx.kernels, ctx.call)
-        return *general.of_inputs(needs, weight, ctx.bias_dtype), None, None, None, None
+        norm, dy = Normalization(statistics, weight, bias, ctx.relu), grads[0]
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        kernels, add_up = ctx.kernels, ctx.exchange.sum
+        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
+            x, norm = _differentiable(x, dy, norm, ctx.exchange)
+            kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=ctx.exchange)
+        sums = kernels.backward_reduce(dy, x, norm)
+        dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
+        sum_dy, sum_dy_xhat = sums.chunk(2) if needs[1] or needs[2] else (None, None)
+        dweight = sum_dy_xhat.to(weight.dtype) if sum_dy_xhat is not None and needs[1] else None
+        dbias = sum_dy.to(ctx.bias_dtype) if sum_dy is not None and needs[2] else None
+        return dx, dweight, dbias, dy if needs[3] else None, None, None, None, None
+
+
+class _BatchNormWithTangent(_BatchNorm):
+    """The same, with a tangent; apart, because torch.compile takes no function that has one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        """Return the tangent of y; as a matrix, ∂y/∂x is symmetric, so that dx's formula serves."""
+        x, weight, y, statistics = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_residual, *_ = tangents
+        some = next(t for t in (of_x, of_residual, of_weight, of_bias) if t is not None)
+        x, norm = _differentiable(x, some, Normalization(statistics, weight), ctx.exchange)
+        kernels = ReferenceKernels()
+        result = torch.zeros_like(x)
+        if of_x is not None:
+            sums = all_reduce(kernels.backward_reduce(of_x, x, norm), ctx.exchange)
+            result = result + kernels.backward_input(of_x, x, norm, sums)
+        if of_weight is not None or of_bias is not None:
+            scale = torch.zeros_like(norm.mean) if of_weight is None else of_weight
+            by = Normalization(norm.statistics, scale, of_bias)
+            result = result + kernels.normalize(x, by)
+        if of_residual is not None:
+            result = result + of_residual
+        return result if y is None else result.masked_fill(y <= 0, 0)
+
+
+def _differentiable(
+    x: Tensor, like: Tensor, norm: Normalization, exchange: Exchange
+) -> tuple[Tensor, Normalization]:
+    """Return x, and the normalization as what it is: a function of x.
+
+    For what is differentiated in turn: then everything is a PyTorch operation, or a function whose
+    gradients lead over all replicas.
+    """
+    if not has_memory(like):
+        # One of many gradients or tangents at once, under vmap: operations that write into copies
+        # of x need x as many times.
+        x = (
+            torch.where(torch.ones_like(like, dtype=torch.bool), x, like)
+            if like.shape == x.shape
+            else x
+        )
+    if torch.is_grad_enabled():
+        statistics: Tensor = _Statistics.apply(x, norm.statistics, exchange)  # pyright: ignore[reportAssignmentType] -- as above
+        norm = norm._replace(statistics=statistics)
+    return x, norm
+
+
+class _Statistics(torch.autograd.Function):
+    """x to its statistics: ∂mean/∂x = 1/n and ∂invstd/∂x = −invstd³·(x − mean)/n, n = count."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, statistics: Tensor, exchange: Exchange) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return statistics.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.exchange = inputs
+        ctx.save_for_backward(x, output)
+        ctx.save_for_forward(x, output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        x, statistics = ctx.saved_tensors
+        norm = Normalization(statistics)
+        _, dmean, dinvstd = grads[0].split([1, *[norm.mean.shape[0]] * 2])
+        dmean, dinvstd = all_reduce(torch.cat([dmean, dinvstd]), ctx.exchange).chunk(2)
+        # The formula of dx with dy = 0 and a weight of 1.
+        sums = torch.cat([-dmean / norm.invstd, dinvstd * norm.invstd])
+        return ReferenceKernels().backward_input(torch.zeros_like(x), x, norm, sums), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        x, statistics = ctx.saved_tensors
+        norm = Normalization(statistics)
+        sums = all_reduce(ReferenceKernels().backward_reduce(tangents[0], x, norm), ctx.exchange)
+        of_mean, of_xhat = (sums / norm.total.clamp(min=1)).chunk(2)
+        zero = torch.zeros_like(sums[:1])
+        return torch.cat([zero, of_mean, -norm.invstd.square() * of_xhat])
+
+
+class _GlobalMoments(torch.autograd.Function):
+    """x to the moments of all replicas' batches, inside function transforms; without a gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, kernels: Kernels, exchange: Exchange) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return _global_moments(x, kernels, exchange).packed
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return None, None, None
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        relu: bool,
-        kernels: Kernels,
-        call: Call,
-    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-        """Normalise an ensemble: its members stand beside each other as further channels."""
-        members, channels = info.batch_size, call.channels
-
-        def beside(tensor: Tensor | None, member_axis: int | None, at: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            if member_axis is None:
-                tensor = tensor.unsqueeze(at)
-                shape = [members if axis == at else -1 for axis in range(tensor.dim())]
-                tensor = tensor.expand(shape)
-            else:
-                tensor = tensor.movedim(member_axis, at)
-            return tensor.flatten(at, at + 1)
-
-        together = replace(call, memory=None, channels=members * channels)
-        inputs = (
-            beside(x, in_dims[0], 1),
-            *(beside(weight, in_dims[1], 0), beside(bias, in_dims[2], 0)),
-            beside(residual, in_dims[3], 1),
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, kernels: Kernels, exchange: Exchange
+    ) -> tuple[Tensor, int]:
+        """Return the moments of an ensemble, whose members stand beside each other as channels."""
+        assert in_dims[0] is not None  # x is the only tensor
+        together = x.movedim(in_dims[0], 1).flatten(1, 2)
+        moments = Moments(
+            _GlobalMoments.apply(together, kernels, exchange.of_members(info.batch_size))  # pyright: ignore[reportArgumentType] -- as above
         )
-        outputs: tuple[Tensor, ...] = _SyncBatchNorm.apply(*inputs, eps, relu, kernels, together)  # pyright: ignore[reportAssignmentType] -- as above
-        y, count, *vectors = outputs
-        vectors = [vector.unflatten(0, (members, channels)) for vector in vectors]
-        return (y.unflatten(1, (members, channels)), count, *vectors), (1, None, 0, 0, 0)
+        members = (info.batch_size, -1)
+        count = moments.count.expand(info.batch_size, 1)
+        return torch.cat([count, moments.mean.view(members), moments.m2.view(members)], 1), 0
 
 
-# torch binds the arguments of every call to the signature; found here, it need not be made anew.
-_SyncBatchNorm.forward.__signature__ = inspect.signature(_SyncBatchNorm.forward)  # pyright: ignore[reportFunctionMemberAccess] -- what inspect documents for it
+def _forward_mode() -> bool:
+    """Return whether tangents may be on their way, for which alone tensors are saved."""
+    return transforming() or torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+
+
+# torch binds the arguments of every call to the signature of forward, which takes longer than the
+# rest of the call; outside of transforms, that is all that its own `apply` adds.
+_apply: Callable[..., Tensor] = super(torch.autograd.Function, _BatchNormWithTangent).apply  # pyright: ignore[reportAttributeAccessIssue] -- of the base in C++
+_BatchNorm.forward.__signature__ = inspect.signature(_BatchNorm.forward)  # pyright: ignore[reportFunctionMemberAccess] -- what inspect documents for it

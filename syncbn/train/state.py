@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
 from syncbn.bundle import Architecture
 from syncbn.errors import ConfigError, ModelError
-from syncbn.layers.base import Synchronised
+from syncbn.layers.base import Synchronized
 from syncbn.models import ChannelAffine, build_model, build_without_memory
 from syncbn.train.checkpoint import Checkpoint, Position
 from syncbn.train.data import Dataset
@@ -257,7 +257,7 @@ def _buffers_agree(model: nn.Module) -> bool:
     synchronised = {
         id(buffer)
         for module in model.modules()
-        if isinstance(module, Synchronised)
+        if isinstance(module, Synchronized)
         for buffer in module.buffers(recurse=False)
     }
     return all(id(buffer) in synchronised for buffer in model.buffers())

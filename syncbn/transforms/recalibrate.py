@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.errors import InputError, ReplicaError
-from syncbn.kernels.protocol import select_kernels
+from syncbn.kernels.choice import select_kernels
 from syncbn.layers.batch_norm import SyncBatchNorm
 from syncbn.moments import Moments, merge
 
@@ -72,7 +72,8 @@ def recalibrate(
         and layer.running_mean is not None
         and (only is None or only(name, layer))
     }
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), None)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = tensors[0].device if tensors else torch.device("cpu")
     reducer = select_reducer(process_group, device)
     run = partial(_forward, device) if forward is None else forward
     seen: dict[str, Moments] = {}
@@ -123,7 +124,7 @@ def _normalising_by_batch(model: nn.Module, layers: Iterable[Any]) -> Generator[
 @contextmanager
 def _collecting(name: str, layer: nn.Module, seen: dict[str, Moments]) -> Generator[None]:
     def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        moments = select_kernels().local_moments(inputs[0])
+        moments = select_kernels(inputs[0]).local_moments(inputs[0])
         seen[name] = merge(seen[name], moments) if name in seen else moments
 
     handle = layer.register_forward_pre_hook(collect)
@@ -138,7 +139,7 @@ def _run(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], object],
     reducer: Reducer,
-    device: torch.device | None,
+    device: torch.device,
     synchronises: bool,
 ) -> int:
     """Run the model on the batches of all ranks in step; return how often any rank had one."""
@@ -183,7 +184,7 @@ def _run(
         number += 1
 
 
-def _forward(device: torch.device | None, model: nn.Module, batch: Any) -> object:
+def _forward(device: torch.device, model: nn.Module, batch: Any) -> object:
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
         raise InputError(
@@ -205,14 +206,14 @@ def _emptied(batch: Any) -> Any:
 
 
 def _merged_over_ranks(
-    layers: dict[str, Any], seen: dict[str, Moments], reducer: Reducer, device: torch.device | None
+    layers: dict[str, Any], seen: dict[str, Moments], reducer: Reducer, device: torch.device
 ) -> dict[str, Moments]:
     """Return each reached layer's moments over all ranks, merged in the order of ranks."""
     if not layers:
         return {}
     widths = [2 * layer.num_features + 1 for layer in layers.values()]
     mine = [
-        torch.cat([seen[name].count.reshape(1), seen[name].mean, seen[name].m2]).to(device)
+        seen[name].packed.to(device)
         if name in seen
         else torch.zeros(width, dtype=torch.float64, device=device)
         for name, width in zip(layers, widths, strict=True)
@@ -223,10 +224,9 @@ def _merged_over_ranks(
     columns = reducer.sum(table).split(widths, dim=1)
     totals: dict[str, Moments] = {}
     for name, of_ranks in zip(layers, columns, strict=True):
-        channels = layers[name].num_features
-        total = Moments(*of_ranks[0].split([1, channels, channels]))
+        total = Moments(of_ranks[0])
         for row in of_ranks[1:]:
-            total = merge(total, Moments(*row.split([1, channels, channels])))
+            total = merge(total, Moments(row))
         if total.count > 0:
             totals[name] = total
     return totals

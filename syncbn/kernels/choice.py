@@ -1,0 +1,42 @@
+"""Which kernels compute: those of C++ for tensors on the CPU, and the reference for all others."""
+
+import os
+
+from torch import Tensor
+
+from syncbn import _native
+from syncbn.errors import InputError
+from syncbn.kernels.native import NativeKernels, can_read
+from syncbn.kernels.protocol import Kernels
+from syncbn.kernels.reference import ReferenceKernels
+
+VARIABLE = "SYNCBN_KERNELS"
+_REFERENCE = ReferenceKernels()
+_NATIVE = None if _native.library is None else NativeKernels()
+
+
+def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
+    """Return the kernels for these tensors: the native ones if they can read them all.
+
+    The environment variable SYNCBN_KERNELS decides otherwise: `native` insists on having the native
+    ones, `reference` takes PyTorch operations, `auto` is the rule.
+
+    Args:
+        x: the input.
+        others: further tensors that the kernels will read; None for one that is absent.
+
+    Raises:
+        InputError: the variable has another value, or insists on kernels that are not there.
+    """
+    choice = os.environ.get(VARIABLE)
+    if choice is not None and choice != "auto":
+        if choice not in ("native", "reference"):
+            raise InputError(f"{VARIABLE} is {choice!r}; set it to auto, native or reference")
+        if choice == "reference":
+            return _REFERENCE
+        if _NATIVE is None:
+            raise InputError(
+                "the native kernels are not there; install g++ or clang++ and then syncbn again, "
+                f"or set {VARIABLE} to auto or reference"
+            )
+    return _NATIVE if _NATIVE is not None and can_read(x, *others) else _REFERENCE
