@@ -68,8 +68,8 @@ class Memory:
 class Exchange:
     """What one call of a layer adds up over the replicas.
 
-    Inside a region of activation checkpointing, a recomputation receives what the forward received,
-    and sends nothing; see `syncbn.comm.recomputation`.
+    Inside a region of activation checkpointing, the forward of a recomputation receives what the
+    first one received, and sends nothing; see `syncbn.comm.recomputation`.
 
     Attributes:
         reducer: sums over the replicas.
@@ -106,10 +106,7 @@ class Exchange:
             return vector
         if torch.compiler.is_compiling():
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
-        checkpointed = region()
-        if checkpointed is None:
-            return self._sum(vector, direction)
-        return checkpointed.once(self._what(direction), lambda: self._sum(vector, direction))
+        return self._sum(vector, direction)
 
     def sum_about(
         self,
@@ -149,12 +146,23 @@ class Exchange:
                 _move(shift, total, about is not None)
             return result
 
-        checkpointed = region()
+        return self._once(exchange, lambda: unpack(pack(None), None))
+
+    def alone(self, result: T) -> T:
+        """Return a result that needs no exchange, in a world of one.
+
+        In a recomputation, the forward's. Does not communicate.
+        """
         return (
-            exchange()
-            if checkpointed is None
-            else checkpointed.once(self._what("forward"), exchange)
+            result if torch.compiler.is_compiling() else self._once(lambda: result, lambda: result)
         )
+
+    def _once(self, exchange: Callable[[], T], ahead: Callable[[], T]) -> T:
+        checkpointed = region()
+        if checkpointed is None:
+            return exchange()
+        call = f"a training-mode call with {self.channels} channels"
+        return checkpointed.once(call, exchange, ahead)
 
     def _sum_about(
         self, pack: Pack, shift: Tensor | None, tag: Tensor | None
@@ -245,9 +253,6 @@ class Exchange:
         name = "sync_batch_norm()" if name is None else repr(name)
         kind = str(self.dtype).removeprefix("torch.")
         return f"is at the {direction} of {name} ({self.channels} channels, {kind})"
-
-    def _what(self, direction: str) -> str:
-        return f"the {direction} of {self.channels} channels"
 
     def _require_same_call(self) -> None:
         """Raise, on every rank, if the replicas did not make the same call.

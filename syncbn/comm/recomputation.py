@@ -54,12 +54,15 @@ class Region(NamedTuple):
         """
         return _disable_current_modes()
 
-    def once(self, call: object, exchange: Callable[[], T]) -> T:
+    def once(self, call: object, exchange: Callable[[], T], ahead: Callable[[], T]) -> T:
         """Return what the exchange receives, or, in a recomputation, what it received earlier.
 
         Args:
             call: what exchanges; the same in the forward and in the recomputation.
             exchange: does it.
+            ahead: gives a stand-in, for a region that differentiates inside and does not let
+                checkpointing stop early: it is recomputed before its forward is complete, and what
+                comes after the place that the forward has reached is thrown away.
 
         Raises:
             ReplicaError: the recomputation makes a call that the forward did not make. On every
@@ -73,13 +76,14 @@ class Region(NamedTuple):
             number = _repeated.get(hook, 0)
             _repeated[hook] = number + 1
             earlier = _received.get(frame, [])
+            if number >= len(earlier) and not frame.forward_completed:
+                return ahead()
             if number >= len(earlier) or earlier[number].call != call:
-                made = f"{earlier[number].call}" if number < len(earlier) else "no further call"
+                made = earlier[number].call if number < len(earlier) else "no such call"
                 raise ReplicaError(
-                    f"activation checkpointing recomputes {call}, and at this place the forward "
-                    f"made {made}; the checkpointed function must take the same way both times. If "
-                    "it differentiates inside, let checkpointing stop early, or take that part out "
-                    "of the checkpointed function"
+                    f"activation checkpointing recomputes {call} of a synchronized layer, and at "
+                    f"this place the forward made {made}; call the same layers both times, each in "
+                    "training or in eval mode as it was."
                 )
             result = earlier[number].result
         for frame in self.frames:

@@ -139,12 +139,13 @@ def global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
 
 
 def _global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
-    moments = kernels.local_moments(x)
-    if exchange.reducer.world_size > 1:
-        pack = partial(to_summable, moments)
-        moments = exchange.sum_about(pack, from_summable, x.device)
-    if exchange.reducer.world_size == 1 or x.numel() <= x.shape[1]:
-        exchange.require_two_values(moments.count, x.numel() // x.shape[1])
+    local, count = kernels.local_moments(x), x.numel() // x.shape[1]
+    if exchange.reducer.world_size == 1:
+        moments = exchange.alone(local)
+    else:
+        moments = exchange.sum_about(partial(to_summable, local), from_summable, x.device)
+    if count <= 1:
+        exchange.require_two_values(moments.count, count)
     return moments
 
 

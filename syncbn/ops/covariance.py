@@ -79,8 +79,9 @@ class _GlobalCovariance(torch.autograd.Function):
         number, products = own.new_full((), values.shape[2]), values @ values.mT
         scale = products.diagonal(dim1=1, dim2=2).sum(1)
         local = Comoments(number, own.flatten(), products, scale)
-        total = local
-        if exchange.world_size > 1:
+        if exchange.world_size == 1:
+            total = exchange.alone(local)
+        else:
             total = exchange.sum_about(
                 lambda shift: _to_summable(local, shift),
                 lambda vector, shift: _from_summable(vector, shift, own.shape),
