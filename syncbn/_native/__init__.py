@@ -50,9 +50,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "syncbn_statistics": (None, [_POINTER, _SIZE, _REAL, _POINTER]),
     "syncbn_update_running": (None, [_POINTER, _SIZE, _REAL, _POINTER, _POINTER, _POINTER]),
     "syncbn_normalize": (None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER]),
-    "syncbn_backward_reduce": (
-        *(None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER, _POINTER]),
-    ),
+    "syncbn_backward_reduce": (None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER]),
     "syncbn_backward_input": (
         *(None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER, _POINTER]),
     ),

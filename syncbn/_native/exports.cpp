@@ -293,8 +293,7 @@ void syncbn_normalize(const syncbn_layout* layout, const void* x, const void* re
 }
 
 void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy, const void* x,
-                            const syncbn_normalization* normalization, double* sums,
-                            float* rounded) {
+                            const syncbn_normalization* normalization, double* sums) {
   const Shape shape = syncbn::shape_of(*layout);
   const Prepared of(*normalization, shape.c);
   double* sum_dy_xhat = sums + shape.c;
@@ -303,7 +302,6 @@ void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy, const v
                                   a, b);
   });
   for (int64_t i = 0; i < shape.c; ++i) sum_dy_xhat[i] *= of.invstd[i];
-  if (rounded) std::copy_n(sums, 2 * shape.c, rounded);
 }
 
 void syncbn_backward_input(const syncbn_layout* layout, const void* dy, const void* x,

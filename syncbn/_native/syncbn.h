@@ -84,12 +84,11 @@ SYNCBN_EXPORT void syncbn_normalize(const syncbn_layout* layout, const void* x,
                                     const void* residual,
                                     const syncbn_normalization* normalization, void* y);
 
-// Writes Σdy and Σdy·x̂, 2c values; and the same rounded to float32 where there is room for it. With
-// relu, of those dy whose y, without a residual, is above 0.
+// Writes Σdy and Σdy·x̂, 2c values; with relu, of those dy whose y, without a residual, is above 0.
 SYNCBN_EXPORT void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy,
                                           const void* x,
-                                          const syncbn_normalization* normalization, double* sums,
-                                          float* rounded);
+                                          const syncbn_normalization* normalization,
+                                          double* sums);
 
 // Writes dx = weight·invstd·(dy - Σdy/count - x̂·Σdy·x̂/count), of the sums over all ranks.
 SYNCBN_EXPORT void syncbn_backward_input(const syncbn_layout* layout, const void* dy,

@@ -5,8 +5,9 @@ import os
 from torch import Tensor
 
 from syncbn import _native
+from syncbn._native.plain import is_unobserved
 from syncbn.errors import InputError
-from syncbn.kernels.native import NativeKernels, can_read
+from syncbn.kernels.native import PLAIN, NativeKernels, can_read
 from syncbn.kernels.protocol import Kernels
 from syncbn.kernels.reference import ReferenceKernels
 
@@ -39,4 +40,6 @@ def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
                 "the native kernels are not there; install g++ or clang++ and then syncbn again, "
                 f"or set {VARIABLE} to auto or reference"
             )
-    return _NATIVE if _NATIVE is not None and can_read(x, *others) else _REFERENCE
+    if _NATIVE is None or not can_read(x, *others):
+        return _REFERENCE
+    return PLAIN if is_unobserved() else _NATIVE

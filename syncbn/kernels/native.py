@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn import _native
-from syncbn._native.plain import are_plain, is_unobserved, listeners
+from syncbn._native.plain import are_plain, is_unobserved
 from syncbn.kernels.protocol import Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments
@@ -34,52 +34,34 @@ class NativeKernels:
         the mean, which would cost digits, once more about the mean.
         """
         if not can_read(x):
-            return ReferenceKernels().local_moments(x)
-        if _is_observed():
-            return Moments(torch.ops.syncbn.local_moments(x))
-        packed = _vector(2 * x.shape[1] + 1)
-        _library().syncbn_local_moments(_layout(x), x.data_ptr(), packed.data_ptr())
-        return Moments(packed)
+            return _REFERENCE.local_moments(x)
+        if is_unobserved():
+            return PLAIN.local_moments(x)
+        return Moments(torch.ops.syncbn.local_moments(x))
 
     def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """Return (x − mean)·invstd·weight + bias + residual, or max(·, 0), in x's dtype, format."""
         if not can_read(x, *norm[:3], residual):
-            return ReferenceKernels().normalize(x, norm, residual)
-        if _is_observed():
-            return torch.ops.syncbn.normalize(x, *norm, residual)
-        if residual is not None:
-            residual = _laid_out_as(x, residual)
-        y, by = torch.empty_like(x), _Pointers(norm)
-        _library().syncbn_normalize(
-            *(_layout(x), x.data_ptr(), None if residual is None else residual.data_ptr()),
-            *(by.struct, y.data_ptr()),
-        )
-        return y
+            return _REFERENCE.normalize(x, norm, residual)
+        if is_unobserved():
+            return PLAIN.normalize(x, norm, residual)
+        return torch.ops.syncbn.normalize(x, *norm, residual)
 
     def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """Return Σdy and Σdy·x̂ over this replica, shape (2C,), float64."""
         if not can_read(x, dy, *norm[:3]):
-            return ReferenceKernels().backward_reduce(dy, x, norm)
-        if _is_observed():
-            return torch.ops.syncbn.backward_reduce(dy, x, *norm)
-        dy, by, sums = _laid_out_as(x, dy), _Pointers(norm), _vector(2 * x.shape[1])
-        _library().syncbn_backward_reduce(
-            *(_layout(x), dy.data_ptr(), x.data_ptr(), by.struct, sums.data_ptr(), None)
-        )
-        return sums
+            return _REFERENCE.backward_reduce(dy, x, norm)
+        if is_unobserved():
+            return PLAIN.backward_reduce(dy, x, norm)
+        return torch.ops.syncbn.backward_reduce(dy, x, *norm)
 
     def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
         """Return dx = weight·invstd·(dy − Σdy/count − x̂·Σdy·x̂/count), in x's dtype and format."""
         if not can_read(x, dy, *norm[:3], sums):
-            return ReferenceKernels().backward_input(dy, x, norm, sums)
-        if _is_observed():
-            return torch.ops.syncbn.backward_input(dy, x, *norm, sums)
-        dy, by, dx = _laid_out_as(x, dy), _Pointers(norm), torch.empty_like(x)
-        sums = sums.double().contiguous()
-        _library().syncbn_backward_input(
-            *(_layout(x), dy.data_ptr(), x.data_ptr(), by.struct, sums.data_ptr(), dx.data_ptr())
-        )
-        return dx
+            return _REFERENCE.backward_input(dy, x, norm, sums)
+        if is_unobserved():
+            return PLAIN.backward_input(dy, x, norm, sums)
+        return torch.ops.syncbn.backward_input(dy, x, *norm, sums)
 
     def update_running(
         self,
@@ -92,21 +74,65 @@ class NativeKernels:
         """Move running statistics, in place, towards the moments of a batch."""
         buffers = running_mean, running_var, num_batches_tracked
         if not (
-            is_unobserved()
-            and are_plain(moments.packed, *buffers)
+            are_plain(moments.packed, *buffers)
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()
             and running_var.is_contiguous()
+            and is_unobserved()
         ):
-            ReferenceKernels().update_running(moments, *buffers, momentum)
+            _REFERENCE.update_running(moments, *buffers, momentum)
             return
         _library().syncbn_update_running(
-            *(moments.packed.data_ptr(), running_mean.numel()),
+            moments.packed.data_ptr(),
+            running_mean.shape[0],
             -1.0 if momentum is None else momentum,
-            *(buffer.data_ptr() for buffer in buffers),
+            running_mean.data_ptr(),
+            running_var.data_ptr(),
+            num_batches_tracked.data_ptr(),
         )
         torch.autograd.graph.increment_version(buffers)
+
+
+class PlainKernels(NativeKernels):
+    """The native kernels for tensors that `can_read` has looked at, while torch observes nothing.
+
+    Small inputs cost mostly what is done in Python, so that looking once for all kernels pays.
+    """
+
+    def local_moments(self, x: Tensor) -> Moments:
+        """See `NativeKernels`."""
+        packed = _vector(2 * x.shape[1] + 1)
+        _library().syncbn_local_moments(_layout(x), x.data_ptr(), packed.data_ptr())
+        return Moments(packed)
+
+    def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
+        """See `NativeKernels`."""
+        y, by = torch.empty_like(x), _Pointers(norm)
+        residual = None if residual is None else laid_out_as(x, residual)
+        added = None if residual is None else residual.data_ptr()
+        _library().syncbn_normalize(_layout(x), x.data_ptr(), added, by.struct, y.data_ptr())
+        return y
+
+    def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
+        """See `NativeKernels`."""
+        dy, by, sums = laid_out_as(x, dy), _Pointers(norm), _vector(2 * x.shape[1])
+        tensors = dy.data_ptr(), x.data_ptr(), by.struct
+        _library().syncbn_backward_reduce(_layout(x), *tensors, sums.data_ptr())
+        return sums
+
+    def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
+        """See `NativeKernels`."""
+        dy, by, dx = laid_out_as(x, dy), _Pointers(norm), torch.empty_like(x)
+        if sums.dtype is not torch.float64 or not sums.is_contiguous():
+            sums = sums.double().contiguous()
+        tensors = dy.data_ptr(), x.data_ptr(), by.struct
+        _library().syncbn_backward_input(_layout(x), *tensors, sums.data_ptr(), dx.data_ptr())
+        return dx
+
+
+_REFERENCE = ReferenceKernels()
+PLAIN = PlainKernels()
 
 
 def can_read(x: Tensor, *others: Tensor | None) -> bool:
@@ -122,11 +148,6 @@ def can_read(x: Tensor, *others: Tensor | None) -> bool:
 def _library() -> ctypes.CDLL:
     assert _native.library is not None  # or nobody would have chosen these kernels
     return _native.library
-
-
-def _is_observed() -> bool:
-    """Return whether torch must see the call: it is tracing, or something listens to operations."""
-    return torch.compiler.is_compiling() or listeners() > 0
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -149,10 +170,11 @@ def _layout_of(
     return _native.Layout(n, c, s, DTYPES[dtype], s == 1 or not contiguous, threads)
 
 
-def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     """Return another tensor of x's shape in x's dtype and memory format."""
-    if other.dtype is not x.dtype:
-        other = other.to(x.dtype)
+    if other.dtype is x.dtype and other.stride() == x.stride():
+        return other
+    other = other.to(x.dtype)
     if x.is_contiguous():
         return other.contiguous()
     return other.contiguous(memory_format=_CHANNELS_LAST[x.dim()])

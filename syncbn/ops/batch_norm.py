@@ -1,8 +1,6 @@
 """`sync_batch_norm`: batch normalization over all replicas, with its true gradient."""
 
-import inspect
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn._native.plain import has_memory, transforming
+from syncbn._native.plain import has_memory, is_unobserved, transforming
 from syncbn.comm.exchange import Exchange
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
 from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.native import PLAIN, NativeKernels, can_read, laid_out_as
 from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments, from_summable, statistics_of, to_summable
@@ -180,20 +179,39 @@ def normalize(
             stacklevel=4,
         )
     statistics = statistics_of(moments, eps)
+    function: Any = _BatchNorm
     if torch.compiler.is_compiling():
-        apply = _BatchNorm.apply
-    else:
-        apply = _BatchNormWithTangent.apply if transforming() or not has_memory(x) else _apply
-    return apply(x, weight, bias, residual, statistics, relu, kernels, exchange)
+        function = _CompiledBatchNorm
+    elif transforming():
+        function = _TransformedBatchNorm
+    return function.apply(x, weight, bias, residual, statistics, relu, kernels, exchange)
 
 
 class _BatchNorm(torch.autograd.Function):
     """(x, weight, bias, residual, statistics) to y; the statistics are those of x."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
+        y = _normalize(*inputs)
+        _save(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
+        return _gradients(ctx, grads[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return _tangent(ctx, *tangents)
+
+
+class _CompiledBatchNorm(torch.autograd.Function):
+    """The same for torch.compile, which takes no function with a tangent."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -203,66 +221,114 @@ class _BatchNorm(torch.autograd.Function):
         kernels: Kernels,
         exchange: Exchange,
     ) -> Tensor:
-        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
-        if torch.compiler.is_compiling():
-            # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
-            # to the dtype that it has; the compiler fuses the copy away.
-            y = y.clone(memory_format=torch.preserve_format)
-        return y
+        y = _normalize(x, weight, bias, residual, statistics, relu, kernels, exchange)
+        # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast to
+        # the dtype that it has; the compiler fuses the copy away.
+        return y.clone(memory_format=torch.preserve_format)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        # The ReLU's mask is found again from x and the bias, unless a residual was added.
-        ctx.relu = relu and residual is None
-        kept_bias = bias if ctx.relu else None
-        kept_output = output if relu and residual is not None else None
-        ctx.save_for_backward(x, weight, kept_bias, kept_output, statistics)
-        if _forward_mode():
-            ctx.save_for_forward(x, weight, output if relu else None, statistics)
+        _save(ctx, inputs, output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (ctx, *grad_outputs: Any)
-        x, weight, bias, y, statistics = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        norm, dy = Normalization(statistics, weight, bias, ctx.relu), grads[0]
-        if y is not None:
-            dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        kernels, add_up = ctx.kernels, ctx.exchange.sum
-        if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
-            x, norm = _differentiable(x, dy, norm, ctx.exchange)
-            kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=ctx.exchange)
-        sums = kernels.backward_reduce(dy, x, norm)
-        dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
-        sum_dy, sum_dy_xhat = sums.chunk(2) if needs[1] or needs[2] else (None, None)
-        dweight = sum_dy_xhat.to(weight.dtype) if sum_dy_xhat is not None and needs[1] else None
-        dbias = sum_dy.to(ctx.bias_dtype) if sum_dy is not None and needs[2] else None
-        return dx, dweight, dbias, dy if needs[3] else None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
+        return _gradients(ctx, grads[0])
 
 
-class _BatchNormWithTangent(_BatchNorm):
-    """The same, with a tangent; apart, because torch.compile takes no function that has one."""
+class _TransformedBatchNorm(_CompiledBatchNorm):
+    """The same for the transforms of torch.func, which want the context set up apart."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        """Return the tangent of y; as a matrix, ∂y/∂x is symmetric, so that dx's formula serves."""
-        x, weight, y, statistics = ctx.saved_tensors
-        of_x, of_weight, of_bias, of_residual, *_ = tangents
-        some = next(t for t in (of_x, of_residual, of_weight, of_bias) if t is not None)
-        x, norm = _differentiable(x, some, Normalization(statistics, weight), ctx.exchange)
-        kernels = ReferenceKernels()
-        result = torch.zeros_like(x)
-        if of_x is not None:
-            sums = all_reduce(kernels.backward_reduce(of_x, x, norm), ctx.exchange)
-            result = result + kernels.backward_input(of_x, x, norm, sums)
-        if of_weight is not None or of_bias is not None:
-            scale = torch.zeros_like(norm.mean) if of_weight is None else of_weight
-            by = Normalization(norm.statistics, scale, of_bias)
-            result = result + kernels.normalize(x, by)
-        if of_residual is not None:
-            result = result + of_residual
-        return result if y is None else result.masked_fill(y <= 0, 0)
+        return _tangent(ctx, *tangents)
+
+
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Tensor,
+    relu: bool,
+    kernels: Kernels,
+    exchange: Exchange,
+) -> Tensor:
+    return kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    """Save what the backward pass reads; the same number of tensors, whoever computes."""
+    x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # The ReLU's mask is found again from x and the bias, unless a residual was added.
+    ctx.relu = relu and residual is None
+    kept_bias = bias if ctx.relu else None
+    kept_output = y if relu and residual is not None else None
+    ctx.save_for_backward(x, weight, kept_bias, kept_output, statistics)
+    if _forward_mode():
+        ctx.save_for_forward(x, weight, y if relu else None, statistics)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return dx, this replica's share of the parameters' gradients, and the residual's gradient.
+
+    Communicates: one all-reduce of 2C float64 if dx is needed; none in a world of one.
+    """
+    x, weight, bias, y, statistics = ctx.saved_tensors
+    needs, exchange = ctx.needs_input_grad, ctx.exchange
+    if y is not None:
+        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+    norm = Normalization(statistics, weight, bias, ctx.relu)
+    kernels, add_up = ctx.kernels, exchange.sum
+    if kernels is PLAIN:
+        if can_read(x, dy, weight, bias) and is_unobserved():
+            dy = laid_out_as(x, dy)  # once, for both kernels
+        else:
+            kernels = NativeKernels()  # they look for themselves
+    if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
+        x, norm = _differentiable(x, dy, norm, exchange)
+        kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
+    sums = kernels.backward_reduce(dy, x, norm)
+    dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
+    dweight = dbias = None
+    if needs[1] or needs[2]:
+        dtype = ctx.bias_dtype if weight is None else weight.dtype
+        dbias, dweight = sums.to(dtype).chunk(2)
+        if ctx.bias_dtype not in (None, dtype):
+            dbias = sums.chunk(2)[0].to(ctx.bias_dtype)
+    return (
+        *(dx, dweight if needs[1] else None, dbias if needs[2] else None),
+        *(dy if needs[3] else None, None, None, None, None),
+    )
+
+
+def _tangent(
+    ctx: Any,
+    of_x: Tensor | None,
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+    of_residual: Tensor | None,
+    *_: Any,
+) -> Tensor:
+    """Return the tangent of y; as a matrix, ∂y/∂x is symmetric, so that dx's formula serves.
+
+    Communicates: one all-reduce of 2C float64 if x has a tangent, which every replica must give or
+    none; none in a world of one.
+    """
+    x, weight, y, statistics = ctx.saved_tensors
+    some = next(t for t in (of_x, of_residual, of_weight, of_bias) if t is not None)
+    x, norm = _differentiable(x, some, Normalization(statistics, weight), ctx.exchange)
+    kernels = ReferenceKernels()
+    result = torch.zeros_like(x)
+    if of_x is not None:
+        sums = all_reduce(kernels.backward_reduce(of_x, x, norm), ctx.exchange)
+        result = result + kernels.backward_input(of_x, x, norm, sums)
+    if of_weight is not None or of_bias is not None:
+        scale = torch.zeros_like(norm.mean) if of_weight is None else of_weight
+        result = result + kernels.normalize(x, Normalization(norm.statistics, scale, of_bias))
+    if of_residual is not None:
+        result = result + of_residual
+    return result if y is None else result.masked_fill(y <= 0, 0)
 
 
 def _differentiable(
@@ -355,9 +421,3 @@ class _GlobalMoments(torch.autograd.Function):
 def _forward_mode() -> bool:
     """Return whether tangents may be on their way, for which alone tensors are saved."""
     return transforming() or torch.autograd.forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage] -- nothing public tells
-
-
-# torch binds the arguments of every call to the signature of forward, which takes longer than the
-# rest of the call; outside of transforms, that is all that its own `apply` adds.
-_apply: Callable[..., Tensor] = super(torch.autograd.Function, _BatchNormWithTangent).apply  # pyright: ignore[reportAttributeAccessIssue] -- of the base in C++
-_BatchNorm.forward.__signature__ = inspect.signature(_BatchNorm.forward)  # pyright: ignore[reportFunctionMemberAccess] -- what inspect documents for it
