@@ -193,7 +193,7 @@ class _Distances:
         self._mean = mean
         self._deviation = deviation
         nothing = torch.zeros_like(mean)
-        self._moments = Moments(torch.zeros((), dtype=torch.float64), nothing, nothing)
+        self._moments = Moments.of(torch.zeros((), dtype=torch.float64), nothing, nothing)
         self._rows = 0
         self.batches = 0
 
@@ -205,7 +205,7 @@ class _Distances:
         if self._rows > _MOST_ROWS:
             # As if the oldest had been taken out: the same mean and variance, of fewer.
             share = _MOST_ROWS / self._rows
-            merged = Moments(merged.count * share, merged.mean, merged.m2 * share)
+            merged = Moments.of(merged.count * share, merged.mean, merged.m2 * share)
             self._rows = _MOST_ROWS
         self._moments = merged
 
@@ -223,7 +223,7 @@ def _moments(x: Tensor) -> Moments:
     values = x.detach().double().transpose(0, 1).flatten(1)
     mean = values.mean(1)
     m2 = (values - mean[:, None]).square_().sum(1)
-    return Moments(torch.tensor(float(values.shape[1]), dtype=torch.float64), mean, m2)
+    return Moments.of(torch.tensor(float(values.shape[1]), dtype=torch.float64), mean, m2)
 
 
 def _root_mean_square(values: Sequence[float] | None) -> float | None:

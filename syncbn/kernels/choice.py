@@ -12,8 +12,7 @@ from syncbn.kernels.protocol import Kernels
 from syncbn.kernels.reference import ReferenceKernels
 
 VARIABLE = "SYNCBN_KERNELS"
-_REFERENCE = ReferenceKernels()
-_NATIVE = None if _native.library is None else NativeKernels()
+_REFERENCE, _NATIVE = ReferenceKernels(), NativeKernels()
 
 
 def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
@@ -29,17 +28,17 @@ def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
     Raises:
         InputError: the variable has another value, or insists on kernels that are not there.
     """
-    choice = os.environ.get(VARIABLE)
+    choice, available = os.environ.get(VARIABLE), _native.library is not None
     if choice is not None and choice != "auto":
         if choice not in ("native", "reference"):
             raise InputError(f"{VARIABLE} is {choice!r}; set it to auto, native or reference")
         if choice == "reference":
             return _REFERENCE
-        if _NATIVE is None:
+        if not available:
             raise InputError(
                 "the native kernels are not there; install g++ or clang++ and then syncbn again, "
                 f"or set {VARIABLE} to auto or reference"
             )
-    if _NATIVE is None or not can_read(x, *others):
+    if not (available and can_read(x, *others)):
         return _REFERENCE
     return PLAIN if is_unobserved() else _NATIVE

@@ -77,7 +77,6 @@ class ReferenceKernels:
         dx = _affine(values, _per_channel(-scale * slope, x), _per_channel(offset, x))
         return torch.addcmul(dx, dy.to(dx.dtype), _per_channel(scale, x)).to(x.dtype)
 
-    @torch.no_grad()
     def update_running(
         self,
         moments: Moments,
@@ -90,17 +89,18 @@ class ReferenceKernels:
 
         Without a branch on the count, which would make the host wait for a GPU.
         """
-        seen = moments.count > 0
-        num_batches_tracked.add_(seen)
-        share: Tensor | float = 0.0 if momentum is None else momentum
-        if momentum is None:
-            share = 1.0 / num_batches_tracked.clamp(min=1).double()
-        for running, batch in (
-            (running_mean, moments.mean),
-            (running_var, moments.unbiased_variance()),
-        ):
-            moved = running.double() * (1 - share) + batch * share
-            running.copy_(torch.where(seen, moved, running.double()))
+        with torch.no_grad():  # and not as a decorator, which torch.compile does not see through
+            seen = moments.count > 0
+            num_batches_tracked.add_(seen)
+            share: Tensor | float = 0.0 if momentum is None else momentum
+            if momentum is None:
+                share = 1.0 / num_batches_tracked.clamp(min=1).double()
+            for running, batch in (
+                (running_mean, moments.mean),
+                (running_var, moments.unbiased_variance()),
+            ):
+                moved = running.double() * (1 - share) + batch * share
+                running.copy_(torch.where(seen, moved, running.double()))
 
     def _gated(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """Return dy as it is before the ReLU: a function of dy alone, since steps have no slope."""

@@ -128,7 +128,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         refuse_join()
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        weight, bias = self.weight, self.bias
         kernels = select_kernels(input, weight, bias, residual)
         exchange = self._exchange(input)
         moments = global_moments(input, kernels, exchange)

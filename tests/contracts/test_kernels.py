@@ -6,15 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels.protocol import Kernels, NativeKernels, ReferenceKernels
+from syncbn.kernels.native import NativeKernels
+from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.moments import Moments
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 
 SHAPES = [(5, 3), (1, 1), (4, 3, 7), (2, 5, 3, 4), (3, 2, 2, 3, 2), (11, 37, 5, 7), (3, 5, 300)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# What a layer's buffers may be: it is a choice of whoever trains, and none of the input.
+BUFFERS = [torch.float64, torch.float32, torch.bfloat16]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+buffers = pytest.mark.parametrize("dtype", BUFFERS, ids=str)
+momenta = pytest.mark.parametrize("momentum", [0.3, None, 0.0, 1.0])
 
 
 @pytest.fixture(
@@ -42,9 +49,14 @@ def _column(vector: Tensor, x: Tensor) -> Tensor:
     return vector.reshape(1, -1, *[1] * (x.dim() - 2))
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    exact = x.double()
-    return exact.mean(_axes(x)), torch.rsqrt(exact.var(_axes(x), correction=0) + 1e-5)
+def _norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, relu: bool = False
+) -> Normalization:
+    """Return the normalization by the statistics of x itself."""
+    exact, axes = x.double(), _axes(x)
+    invstd = torch.rsqrt(exact.var(axes, correction=0) + 1e-5)
+    count = exact.new_full((1,), x.numel() / x.shape[1])
+    return Normalization(torch.cat([count, exact.mean(axes), invstd]), weight, bias, relu)
 
 
 @shapes
@@ -57,8 +69,9 @@ def test_local_moments_are_those_in_float64(
     moments = kernels.local_moments(x)
     exact, axes = x.double(), _axes(x)
     m2 = (exact - exact.mean(axes, keepdim=True)).square().sum(axes)
+    assert moments.packed.shape == (2 * shape[1] + 1,)
+    assert moments.packed.dtype == torch.float64
     assert moments.count == x.numel() / shape[1]
-    assert moments.mean.dtype == moments.m2.dtype == moments.count.dtype == torch.float64
     # The mean in more than float32: its error scales with the deviations and not with the offset.
     farthest = (exact - exact.mean(axes, keepdim=True)).abs().max().item()
     torch.testing.assert_close(moments.mean, exact.mean(axes), rtol=1e-15, atol=2**-23 * farthest)
@@ -76,13 +89,12 @@ def test_variance_of_a_distant_float32_batch_keeps_its_digits(kernels: Kernels) 
 @dtypes
 def test_empty_batch_has_zero_moments_and_sums(kernels: Kernels, dtype: torch.dtype) -> None:
     x = torch.empty(0, 3, 4, dtype=dtype)
-    zero, one = torch.zeros(3).double(), torch.ones(3).double()
-    moments = kernels.local_moments(x)
-    assert moments.count == 0
-    for tensor in (moments.mean, moments.m2, *kernels.backward_reduce(x, x, zero, one)):
-        assert torch.equal(tensor, zero)
-    assert kernels.normalize(x, zero, one, None, None).shape == x.shape
-    assert kernels.backward_input(x, x, zero, one, None, zero, zero).shape == x.shape
+    zeros = torch.zeros(6).double()
+    norm = Normalization(torch.tensor([0.0, 0, 0, 0, 1, 1, 1]).double())
+    assert torch.equal(kernels.local_moments(x).packed, torch.zeros(7).double())
+    assert torch.equal(kernels.backward_reduce(x, x, norm), zeros)
+    assert kernels.normalize(x, norm).shape == x.shape
+    assert kernels.backward_input(x, x, norm, zeros).shape == x.shape
 
 
 @shapes
@@ -93,14 +105,14 @@ def test_normalize_is_the_formula(
     kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool, fused: str
 ) -> None:
     x = _random(shape, dtype, 0, 3.0)
-    mean, invstd = _statistics(x)
     weight, bias = (_random(shape[1:2], torch.float32, seed) for seed in (1, 2))
     residual = _random(shape, dtype, 3) if "residual" in fused else None
-    parameters = (weight, bias) if affine else (None, None)
-    y = kernels.normalize(x, mean, invstd, *parameters, residual, "relu" in fused)
+    norm = _norm(x, *((weight, bias) if affine else (None, None)), "relu" in fused)
+    y = kernels.normalize(x, norm, residual)
 
     def formula(x: Tensor, precision: torch.dtype) -> Tensor:
-        columns = (_column(vector.to(precision), x) for vector in (mean, invstd, weight, bias))
+        vectors = (norm.mean, norm.invstd, weight, bias)
+        columns = (_column(vector.to(precision), x) for vector in vectors)
         head, factor, gamma, beta = columns
         result = (x.to(precision) - head) * factor
         if affine:
@@ -125,18 +137,18 @@ def test_backward_is_the_formula(
     kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype, affine: bool, relu: bool
 ) -> None:
     x, dy = _random(shape, dtype, 0, 3.0), _random(shape, dtype, 1)
-    mean, invstd = _statistics(x)
     weight = _random(shape[1:2], torch.float32, 2) if affine else None
     bias = _random(shape[1:2], torch.float32, 3) if affine else None
+    norm = _norm(x, weight, bias, relu)
     axes, count = _axes(x), x.numel() / shape[1]
 
     def formula(precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        factor = invstd.to(precision)
-        xhat = (x.to(precision) - _column(mean.to(precision), x)) * _column(factor, x)
+        factor = norm.invstd.to(precision)
+        xhat = (x.to(precision) - _column(norm.mean.to(precision), x)) * _column(factor, x)
         dy_ = dy.to(precision)
         scale = factor if weight is None else factor * weight.to(precision)
         if relu:
-            y = (x.double() - _column(mean, x)) * _column(invstd, x)
+            y = (x.double() - _column(norm.mean, x)) * _column(norm.invstd, x)
             if weight is not None and bias is not None:
                 y = y * _column(weight.double(), x) + _column(bias.double(), x)
             dy_ = dy_ * (y > 0)
@@ -144,28 +156,49 @@ def test_backward_is_the_formula(
         inner = dy_ - _column(sum_dy / count, x) - xhat * _column(sum_dy_xhat / count, x)
         return sum_dy, sum_dy_xhat, inner * _column(scale, x)
 
-    gate = weight, bias, relu
-    sum_dy, sum_dy_xhat = kernels.backward_reduce(dy, x, mean, invstd, *gate)
-    means = sum_dy / count, sum_dy_xhat / count
-    dx = kernels.backward_input(dy, x, mean, invstd, weight, *means, bias, relu)
+    sums = kernels.backward_reduce(dy, x, norm)
+    dx = kernels.backward_input(dy, x, norm, sums)
     truth, plain = formula(torch.float64), formula(torch.promote_types(dtype, torch.float32))
-    assert sum_dy.dtype == sum_dy_xhat.dtype == torch.float64
+    assert sums.shape == (2 * shape[1],)
+    assert sums.dtype == torch.float64
     assert dx.dtype == dtype
+    sum_dy, sum_dy_xhat = sums.chunk(2)
     assert_as_exact(sum_dy.to(plain[0].dtype), truth[0], plain[0], "Σdy")
     assert_as_exact(sum_dy_xhat.to(plain[1].dtype), truth[1], plain[1], "Σdy·x̂")
-    scale = invstd if weight is None else invstd * weight
+    scale = norm.invstd if weight is None else norm.invstd * weight
     terms = (scale.abs().max() * dy.double().abs().max()).item()
     assert_as_exact(dx, truth[2], plain[2].to(dtype), "dx", terms)
 
 
+@dtypes
+def test_sums_are_divided_by_the_count_of_the_whole_batch(
+    kernels: Kernels, dtype: torch.dtype
+) -> None:
+    x, dy = _random((4, 3, 5), dtype, 0), _random((4, 3, 5), dtype, 1)
+    norm = _norm(x)
+    sums = kernels.backward_reduce(dy, x, norm)
+    # A batch four times as large, of powers of two, so that no rounding differs.
+    statistics = norm.statistics.clone()
+    statistics[0] *= 4
+    larger = norm._replace(statistics=statistics)
+    dx = kernels.backward_input(dy, x, norm, sums)
+    assert torch.equal(kernels.backward_input(dy, x, larger, 4 * sums), dx)
+    # Of a count of 0 there is nothing to divide by: as for 1.
+    none, single = (
+        norm._replace(statistics=torch.cat([norm.statistics.new_tensor([count]), statistics[1:]]))
+        for count in (0.0, 1.0)
+    )
+    assert torch.equal(
+        kernels.backward_input(dy, x, none, sums), kernels.backward_input(dy, x, single, sums)
+    )
+
+
 def test_nan_passes_the_relu_and_its_gradient(kernels: Kernels) -> None:
     x = torch.tensor([-1.0, 1.0, torch.nan, torch.nan] * 5).reshape(2, 1, 10)
-    zero, one = torch.zeros(1).double(), torch.ones(1).double()
-    y = kernels.normalize(x, zero, one, None, None, None, True)
+    norm = Normalization(torch.tensor([20.0, 0, 1]).double(), relu=True)
+    y = kernels.normalize(x, norm)
     torch.testing.assert_close(y, x.relu(), rtol=0, atol=0, equal_nan=True)
-    dx = kernels.backward_input(
-        one.float().expand_as(x), x, zero, one, None, zero, zero, None, True
-    )
+    dx = kernels.backward_input(torch.ones(1).expand_as(x), x, norm, torch.zeros(2).double())
     assert torch.equal(dx.isnan(), x.isnan())  # x̂ is NaN there
     assert torch.equal(dx[x < 0], torch.zeros_like(dx[x < 0]))
     assert torch.equal(dx[x > 0], torch.ones_like(dx[x > 0]))
@@ -187,25 +220,148 @@ def test_memory_format_changes_no_value_and_is_kept(kernels: Kernels, layout: st
     x = _strided(layout)
     dense = x.clone(memory_format=torch.contiguous_format)
     dy = _random(tuple(x.shape), torch.float32, 1)
-    mean, invstd = _statistics(x)
-    y = kernels.normalize(x, mean, invstd, None, None)
-    dx = kernels.backward_input(dy, x, mean, invstd, None, mean, invstd)
-    torch.testing.assert_close(y, kernels.normalize(dense, mean, invstd, None, None))
-    torch.testing.assert_close(
-        dx, kernels.backward_input(dy, dense, mean, invstd, None, mean, invstd)
-    )
+    norm = _norm(x)
+    sums = norm.statistics[1:] * norm.total
+    y, dx = kernels.normalize(x, norm), kernels.backward_input(dy, x, norm, sums)
+    torch.testing.assert_close(y, kernels.normalize(dense, norm))
+    torch.testing.assert_close(dx, kernels.backward_input(dy, dense, norm, sums))
     torch.testing.assert_close(kernels.local_moments(x).m2, kernels.local_moments(dense).m2)
+    reduced = (kernels.backward_reduce(dy, of, norm) for of in (x, dense))
+    # Of 40 products, each the result of at most four roundings in float32, and of about 1.
+    torch.testing.assert_close(*reduced, rtol=0, atol=40 * 4 * 2.0**-24)
     for output in (y, dx):
         assert output.stride() == torch.empty_like(x).stride()
 
 
 def test_inputs_are_left_as_they_are(kernels: Kernels) -> None:
     x, dy = _random((4, 3, 5), torch.float32, 0), _random((4, 3, 5), torch.float32, 1)
-    x_before, dy_before = x.clone(), dy.clone()
-    mean, invstd = _statistics(x)
+    norm, sums = _norm(x), _random((6,), torch.float64, 2)
+    given = (x, dy, norm.statistics, sums)
+    before = [tensor.clone() for tensor in given]
     kernels.local_moments(x)
-    kernels.normalize(x, mean, invstd, None, None)
-    kernels.backward_reduce(dy, x, mean, invstd)
-    kernels.backward_input(dy, x, mean, invstd, None, mean, invstd)
-    assert torch.equal(x, x_before)
-    assert torch.equal(dy, dy_before)
+    kernels.normalize(x, norm)
+    kernels.backward_reduce(dy, x, norm)
+    kernels.backward_input(dy, x, norm, sums)
+    for tensor, expected in zip(given, before, strict=True):
+        assert torch.equal(tensor, expected)
+
+
+# Running statistics.
+
+
+def _running(dtype: torch.dtype, strided: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return running statistics of five channels after three batches."""
+    mean, var = _random((10,), dtype, 0), _random((10,), dtype, 1).abs()
+    tracked = torch.tensor(3)
+    return (mean[::2], var[::2], tracked) if strided else (mean[:5], var[:5], tracked)
+
+
+def _batch(count: float, seed: int = 2) -> Moments:
+    mean, m2 = _random((5,), torch.float64, seed), _random((5,), torch.float64, seed + 1).abs()
+    return Moments.of(torch.tensor(count).double(), mean, count * m2)
+
+
+def _assert_moved(
+    running: Tensor, before: Tensor, batch: Tensor, share: float, dtype: torch.dtype
+) -> None:
+    """Assert (1 − share)·before + share·batch, computed in float64 and rounded to the dtype."""
+    old, new = before.double() * (1 - share), batch * share
+    expected = old + new
+    # Half a unit for the last rounding; torch rounds to bfloat16 by way of float32.
+    last = torch.finfo(dtype).eps / 2 + (2.0**-24 if dtype == torch.bfloat16 else 0)
+    rounding = last * expected.abs() + 3 * 2.0**-52 * (old.abs() + new.abs())
+    assert running.dtype == dtype
+    assert ((running.double() - expected).abs() <= rounding).all()
+
+
+@buffers
+@momenta
+@pytest.mark.parametrize("strided", [False, True])
+def test_running_statistics_move_by_the_formula(
+    kernels: Kernels, dtype: torch.dtype, momentum: float | None, strided: bool
+) -> None:
+    mean, var, tracked = _running(dtype, strided)
+    for step, count in enumerate((7.0, 2.0, 100352.0), 4):
+        before, moments = (mean.clone(), var.clone()), _batch(count, seed=step)
+        kernels.update_running(moments, mean, var, tracked, momentum)
+        assert tracked == step
+        share = 1 / step if momentum is None else momentum
+        _assert_moved(mean, before[0], moments.mean, share, dtype)
+        _assert_moved(var, before[1], moments.m2 / (count - 1), share, dtype)
+    if momentum == 0:
+        for running, start in zip((mean, var), _running(dtype, strided), strict=False):
+            assert torch.equal(running, start)
+
+
+def test_a_plain_average_is_that_of_all_batches(kernels: Kernels) -> None:
+    mean, var, tracked = torch.full((5,), torch.pi), torch.full((5,), torch.e), torch.tensor(0)
+    batches = [_batch(count, seed=int(count)) for count in (2.0, 9.0, 30.0)]
+    for moments in batches:
+        kernels.update_running(moments, mean, var, tracked, None)
+    of_means = torch.stack([moments.mean for moments in batches]).mean(0)
+    of_variances = torch.stack([moments.unbiased_variance() for moments in batches]).mean(0)
+    # Rounded to float32 after each of three batches; the values are below 4.
+    torch.testing.assert_close(mean.double(), of_means, rtol=0, atol=3 * 4 * 2.0**-24)
+    torch.testing.assert_close(var.double(), of_variances, rtol=0, atol=3 * 4 * 2.0**-24)
+
+
+@buffers
+@momenta
+@pytest.mark.parametrize("strided", [False, True])
+def test_empty_batch_moves_no_running_statistics(
+    kernels: Kernels, dtype: torch.dtype, momentum: float | None, strided: bool
+) -> None:
+    running, before = _running(dtype, strided), _running(dtype, strided)
+    running[0][1] = before[0][1] = torch.inf
+    kernels.update_running(Moments(torch.zeros(11).double()), *running, momentum)
+    for tensor, expected in zip(running, before, strict=True):
+        assert torch.equal(tensor, expected)
+
+
+@buffers
+def test_one_value_has_an_unbiased_variance_of_0(kernels: Kernels, dtype: torch.dtype) -> None:
+    mean, var, tracked = _running(dtype)
+    moments = Moments.of(torch.ones(()).double(), _batch(1.0).mean, torch.zeros(5).double())
+    kernels.update_running(moments, mean, var, tracked, 1.0)
+    assert torch.equal(mean, moments.mean.to(dtype))
+    assert torch.equal(var, torch.zeros(5, dtype=dtype))
+    assert tracked == 4
+
+
+@buffers
+@pytest.mark.parametrize("strided", [False, True])
+def test_running_statistics_count_as_changed(
+    kernels: Kernels, dtype: torch.dtype, strided: bool
+) -> None:
+    running = _running(dtype, strided)
+    before = [tensor._version for tensor in running]
+    kernels.update_running(_batch(7.0), *running, 0.1)
+    assert all(tensor._version > version for tensor, version in zip(running, before, strict=True))
+
+
+def test_what_lies_between_strided_running_statistics_is_left_alone(kernels: Kernels) -> None:
+    whole = torch.arange(10.0)
+    kernels.update_running(_batch(7.0), whole[::2], torch.ones(5), torch.tensor(0), 0.5)
+    assert torch.equal(whole[1::2], torch.arange(10.0)[1::2])
+
+
+def test_running_statistics_of_two_dtypes_are_moved(kernels: Kernels) -> None:
+    mean, var, tracked = torch.zeros(5), torch.ones(5).double(), torch.tensor(0)
+    moments = _batch(7.0)
+    kernels.update_running(moments, mean, var, tracked, 1.0)
+    assert torch.equal(mean, moments.mean.float())
+    assert torch.equal(var, moments.unbiased_variance())
+
+
+def test_moments_are_left_as_they_are(kernels: Kernels) -> None:
+    moments = _batch(7.0)
+    before = moments.packed.clone()
+    kernels.update_running(moments, *_running(torch.float32), 0.1)
+    assert torch.equal(moments.packed, before)
+
+
+def test_running_statistics_carry_no_gradient(kernels: Kernels) -> None:
+    running = _running(torch.float32)
+    moments = Moments(_batch(7.0).packed.requires_grad_())
+    kernels.update_running(moments, *running, 0.1)
+    assert not any(tensor.requires_grad for tensor in running)

@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import _native
 from syncbn.errors import InputError
-from syncbn.kernels.protocol import NativeKernels, ReferenceKernels, select_kernels
+from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.native import NativeKernels
+from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.moments import statistics_of
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 
-ZERO, ONE = torch.zeros(1).double(), torch.ones(1).double()
 HALVES = [torch.float16, torch.bfloat16]
 
 levels = pytest.mark.parametrize("level", [0, 1, 2])
@@ -25,6 +28,11 @@ halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 def _every_value(dtype: torch.dtype) -> Tensor:
     return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).reshape(1, 1, -1)
+
+
+def _scaled(scale: float) -> Normalization:
+    """Return what multiplies a single channel."""
+    return Normalization(torch.tensor([1.0, 0.0, scale]).double())
 
 
 def test_a_lower_level_of_instructions_can_be_asked_for() -> None:
@@ -39,7 +47,7 @@ def test_every_half_precision_value_is_read_and_written_exactly(
 ) -> None:
     x = _every_value(dtype)
     with limited(level):
-        y = NativeKernels().normalize(x, ZERO, ONE, None, None)
+        y = NativeKernels().normalize(x, _scaled(1.0))
     torch.testing.assert_close(y, x, rtol=0, atol=0, equal_nan=True)
 
 
@@ -49,7 +57,7 @@ def test_every_half_precision_value_is_read_and_written_exactly(
 def test_half_precision_rounds_as_torch_does(level: int, dtype: torch.dtype, scale: float) -> None:
     x = _every_value(dtype)
     with limited(level):
-        y = NativeKernels().normalize(x, ZERO, ONE * scale, None, None)
+        y = NativeKernels().normalize(x, _scaled(scale))
     expected = (x.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -61,13 +69,10 @@ def test_results_do_not_depend_on_the_number_of_threads(layout: torch.memory_for
 
     def compute() -> list[Tensor]:
         moments = kernels.local_moments(x)
-        invstd = moments.m2.rsqrt()
-        sums = kernels.backward_reduce(dy, x, moments.mean, invstd)
-        return [
-            *(moments.mean, moments.m2, *sums),
-            kernels.normalize(x, moments.mean, invstd, None, None),
-            kernels.backward_input(dy, x, moments.mean, invstd, None, *sums),
-        ]
+        norm = Normalization(statistics_of(moments, 1e-5))
+        sums = kernels.backward_reduce(dy, x, norm)
+        outputs = kernels.normalize(x, norm), kernels.backward_input(dy, x, norm, sums)
+        return [moments.packed, sums, *outputs]
 
     try:
         torch.set_num_threads(1)
@@ -164,15 +169,38 @@ def test_gradients_of_other_layouts_and_dtypes_of_parameters_are_taken() -> None
         assert_as_exact(leaf.grad, x_exact.grad, x_plain.grad, "dx", scale)
 
 
-def test_variable_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Elsewhere(Tensor):
+    """A subclass, which the library must not look into."""
+
+
+def test_native_kernels_are_chosen_where_they_can_read_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
-    assert isinstance(select_kernels(), NativeKernels)
-    for choice, kind in {"reference": ReferenceKernels, "native": NativeKernels}.items():
+    x = torch.zeros(2, 3, 4, 6)
+    channels_last = x.to(memory_format=torch.channels_last)
+    for y in (x, channels_last, x.half(), x.bfloat16(), nn.Parameter(x), x[:0]):
+        assert isinstance(select_kernels(y, None, torch.zeros(3).double()), NativeKernels)
+    for y in (x.double(), x[..., ::2], x.transpose(2, 3), x.as_subclass(_Elsewhere), x.to("meta")):
+        assert isinstance(select_kernels(y), ReferenceKernels)
+    for other in (x.as_subclass(_Elsewhere), x.to("meta")):
+        assert isinstance(select_kernels(x, None, other), ReferenceKernels)
+    assert select_kernels(x) is select_kernels(channels_last)  # none is made for each call
+
+
+def test_variable_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2, 3)
+    for choice, kind in {
+        "auto": NativeKernels,
+        "reference": ReferenceKernels,
+        "native": NativeKernels,
+    }.items():
         monkeypatch.setenv("SYNCBN_KERNELS", choice)
-        assert isinstance(select_kernels(), kind)
+        assert isinstance(select_kernels(x), kind)
+        assert isinstance(select_kernels(x.double()), ReferenceKernels)
     monkeypatch.setenv("SYNCBN_KERNELS", "cuda")
     with pytest.raises(InputError, match="SYNCBN_KERNELS is 'cuda'; set it to auto, native or"):
-        select_kernels()
+        select_kernels(x)
 
 
 def test_without_the_library_the_reference_serves_and_the_log_says_so(
@@ -184,7 +212,26 @@ def test_without_the_library_the_reference_serves_and_the_log_says_so(
     (record,) = caplog.records
     assert "they were not compiled with this installation" in record.getMessage()
     monkeypatch.delenv("SYNCBN_KERNELS", raising=False)
-    assert isinstance(select_kernels(), ReferenceKernels)
+    x = torch.randn(4, 3)
+    assert isinstance(select_kernels(x), ReferenceKernels)
+    y, moments = syncbn.sync_batch_norm(x)
+    torch.testing.assert_close(y, nn.BatchNorm1d(3)(x))
+    assert moments.count == 4
+    layer = syncbn.SyncBatchNorm(3)
+    layer(x.clone().requires_grad_()).sum().backward()
+    assert layer.num_batches_tracked == 1
     monkeypatch.setenv("SYNCBN_KERNELS", "native")
     with pytest.raises(InputError, match=r"install g\+\+ or clang\+\+"):
-        select_kernels()
+        select_kernels(x)
+
+
+def test_library_of_another_interface_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = _native.INTERFACE
+    monkeypatch.setattr(_native, "INTERFACE", built + 1)
+    with caplog.at_level(logging.WARNING, "syncbn"):
+        assert _native._load() is None  # pyright: ignore[reportPrivateUsage] -- as above
+    (record,) = caplog.records
+    expected = f"they have interface {built}, and this version of syncbn wants {built + 1}"
+    assert expected in record.getMessage()

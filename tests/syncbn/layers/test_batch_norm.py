@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import pytest
@@ -337,3 +338,40 @@ def test_evaluation_takes_parameters_of_another_dtype(parameters: torch.dtype, t
     torch.testing.assert_close(x.grad, wide.grad, check_dtype=False)
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype == parameters
+
+
+def _trained(kernels: str) -> list[Tensor]:
+    os.environ["SYNCBN_KERNELS"] = kernels
+    layer = syncbn.SyncBatchNorm(CHANNELS)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+        layer(100 + torch.randn(4, CHANNELS, 3, generator=generator))
+    return list(layer.state_dict().values())
+
+
+def _trained_with_native_kernels_on_one_rank() -> list[Tensor]:
+    return _trained("native" if dist.get_rank() == 0 else "reference")
+
+
+def test_ranks_with_different_kernels_understand_each_other() -> None:
+    mixed = run_world(2, _trained_with_native_kernels_on_one_rank)
+    reference = run_world(2, _trained, "reference")
+    # The sums are those of both; what each rank makes of them is rounded in its own way.
+    for mine, other, expected in zip(*mixed, reference[0], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-7, atol=0)
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_running_statistics_of_another_dtype_are_tracked(dtype: torch.dtype) -> None:
+    layer, truth = syncbn.SyncBatchNorm(CHANNELS), nn.BatchNorm1d(CHANNELS).double()
+    for buffer in (layer.running_mean, layer.running_var):
+        assert buffer is not None
+        buffer.data = buffer.data.to(dtype)
+    x = torch.randn(6, CHANNELS, generator=torch.Generator().manual_seed(0))
+    layer(x)
+    truth(x.double())
+    for name in ("running_mean", "running_var"):
+        mine, exact = getattr(layer, name), getattr(truth, name)
+        assert mine.dtype == dtype
+        assert_as_exact(mine, exact, exact.to(dtype), name)

@@ -1,11 +1,16 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import syncbn
-from syncbn.comm.exchange import Call, Memory
+from syncbn.comm.exchange import Exchange, Memory
 from syncbn.errors import InputError
-from syncbn.ops.batch_norm import normalize
+from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.reference import ReferenceKernels
+from syncbn.ops.batch_norm import global_moments, normalize
+from tests.support.tolerance import assert_as_exact
 
 
 def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:
@@ -15,7 +20,7 @@ def test_moments_are_those_of_the_batch_and_carry_no_gradient() -> None:
     torch.testing.assert_close(moments.variance(), x.var((0, 2), correction=0))
     assert moments.count == 18
     assert y.requires_grad
-    assert not moments.mean.requires_grad
+    assert not moments.packed.requires_grad
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
@@ -24,6 +29,31 @@ def test_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(
         lambda *tensors: syncbn.sync_batch_norm(*tensors)[0], (x, weight, bias)
     )
+
+
+def _network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4, bias=False), norm(4), nn.Tanh(), nn.Linear(4, 2), norm(2))
+
+
+def _penalized(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (y.sin().sum() + gradient.square().sum()).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_gradient_can_be_differentiated_again(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNCBN_KERNELS", kernels)
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    ours, plain = _network(syncbn.SyncBatchNorm), _network(nn.BatchNorm1d)
+    truth = _penalized(_network(nn.BatchNorm1d).double(), x.double())
+    for mine, exact, rounded in zip(_penalized(ours, x), truth, _penalized(plain, x), strict=True):
+        assert_as_exact(mine, exact, rounded, "gradient of the penalty")
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
@@ -46,6 +76,17 @@ def test_input_without_channels_is_refused() -> None:
             refuse(torch.zeros(2, 0, 3))
 
 
+def test_residual_unlike_the_input_is_refused() -> None:
+    x = torch.randn(4, 5)
+    for residual, got in (
+        (x[:1], r"got \(1, 5\), torch.float32, on cpu"),
+        (x.double(), r"got \(4, 5\), torch.float64, on cpu"),
+        (x.to("meta"), r"got \(4, 5\), torch.float32, on meta"),
+    ):
+        with pytest.raises(InputError, match=rf"residual like the input, of .*\(4, 5\), .*{got}"):
+            syncbn.sync_batch_norm(x, residual=residual)
+
+
 class _TwoLikeThis:
     """A reducer whose other replica sends the same."""
 
@@ -62,10 +103,13 @@ def test_nothing_off_the_cpu_looks_at_a_value() -> None:
     # A meta tensor has no values: looking at one raises, where on CUDA the host would wait.
     layer = syncbn.SyncBatchNorm(3, device="meta")
     x = torch.randn(4, 3, 2, device="meta", requires_grad=True)
-    call = Call(_TwoLikeThis(), Memory(3, x.device), 3, x.dtype)
-    y, moments = normalize(x, layer.weight, layer.bias, x, layer.eps, True, call)
-    assert moments is not None
-    layer._track(moments)  # pyright: ignore[reportPrivateUsage] -- what forward does next
+    exchange = Exchange(_TwoLikeThis(), Memory(3, x.device), 3, x.dtype)
+    kernels = select_kernels(x, layer.weight, layer.bias)
+    assert isinstance(kernels, ReferenceKernels)
+    moments = global_moments(x, kernels, exchange)
+    parameters = layer.weight, layer.bias, x
+    y = normalize(x, moments, *parameters, layer.eps, True, kernels, exchange)
+    layer._track(moments, kernels)  # pyright: ignore[reportPrivateUsage] -- what forward does next
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.is_meta

@@ -1,6 +1,5 @@
-"""The short way of plain CPU tensors: where it differs from the general one, and where it ends."""
+"""What `SyncBatchNorm` does in the same pass: adding a residual, and a ReLU."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn import _native
-from syncbn.errors import InputError
-from syncbn.kernels.native import source
-from syncbn.moments import add_fingerprint, to_summable
-from tests.support.tolerance import assert_as_exact
 from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
 
@@ -27,63 +21,6 @@ fused = pytest.mark.parametrize(("residual", "relu"), FUSED.values(), ids=FUSED)
 
 def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4, bias=False), norm(4), nn.Tanh(), nn.Linear(4, 2), norm(2))
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4096, 10_000])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_sent_is_what_the_reference_sends(world_size: int, rank: int) -> None:
-    x, shift = _random(0, 4, CHANNELS, 3), _random(1, CHANNELS).double()
-    library = _native.library
-    assert library is not None
-    vector = torch.empty(2 * CHANNELS + 1, dtype=torch.float64)
-    where = rank, world_size, vector.data_ptr()
-    library.syncbn_summable_moments(*source(x), shift.data_ptr(), *where)
-    moments = syncbn.sync_batch_norm(x)[1]
-    expected = add_fingerprint(to_summable(moments, shift), shift, rank, world_size)
-    assert vector[0] == expected[0]
-    torch.testing.assert_close(vector, expected, rtol=1e-14, atol=1e-14)
-
-
-def _trained(kernels: str) -> list[Tensor]:
-    os.environ["SYNCBN_KERNELS"] = kernels
-    layer = syncbn.SyncBatchNorm(CHANNELS)
-    for step in range(3):
-        layer(_random(10 * step + dist.get_rank(), 4, CHANNELS, 3) + 100)
-    return list(layer.state_dict().values())
-
-
-def _trained_with_native_kernels_on_one_rank() -> list[Tensor]:
-    return _trained("native" if dist.get_rank() == 0 else "reference")
-
-
-def test_ranks_with_different_kernels_understand_each_other() -> None:
-    mixed = run_world(2, _trained_with_native_kernels_on_one_rank)
-    reference = run_world(2, _trained, "reference")
-    # The sums are those of both; what each rank makes of them is rounded in its own way.
-    for mine, other, expected in zip(*mixed, reference[0], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-7, atol=0)
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0)
-
-
-def _penalised(model: nn.Module, x: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    y = model(x)
-    (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
-    (y.sin().sum() + gradient.square().sum()).backward()
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def test_gradient_can_be_differentiated_again() -> None:
-    x = _random(1, 64, 3)
-    ours, plain = _network(syncbn.SyncBatchNorm), _network(nn.BatchNorm1d)
-    truth = _penalised(_network(nn.BatchNorm1d).double(), x.double())
-    for mine, exact, rounded in zip(_penalised(ours, x), truth, _penalised(plain, x), strict=True):
-        assert_as_exact(mine, exact, rounded, "gradient of the penalty")
 
 
 @fused
@@ -127,29 +64,6 @@ def test_checkpointing_tracks_once_and_sends_nothing_again(
     run_world(world_size, _checkpointed, residual, relu)
 
 
-def test_running_statistics_count_as_changed() -> None:
-    layer = syncbn.SyncBatchNorm(CHANNELS)
-    assert layer.running_mean is not None
-    before = layer.running_mean._version
-    layer(_random(0, 4, CHANNELS))
-    assert layer.running_mean._version > before
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_running_statistics_of_another_dtype_are_tracked(dtype: torch.dtype) -> None:
-    layer, truth = syncbn.SyncBatchNorm(CHANNELS), nn.BatchNorm1d(CHANNELS).double()
-    for buffer in (layer.running_mean, layer.running_var):
-        assert buffer is not None
-        buffer.data = buffer.data.to(dtype)
-    x = _random(0, 6, CHANNELS)
-    layer(x)
-    truth(x.double())
-    for name in ("running_mean", "running_var"):
-        mine, exact = getattr(layer, name), getattr(truth, name)
-        assert mine.dtype == dtype
-        assert_as_exact(mine, exact, exact.to(dtype), name)
-
-
 def _kept(work: Callable[[], Tensor]) -> int:
     """Return the bytes that a forward keeps for its backward, each tensor once."""
     kept: dict[tuple[int, torch.Size], int] = {}
@@ -172,10 +86,12 @@ def test_keeps_no_more_than_torchs_layer_and_one_activation_less_with_a_relu(
     size = x.numel() * x.element_size()
     theirs, ours = nn.BatchNorm2d(CHANNELS), syncbn.SyncBatchNorm(CHANNELS)
     fused = syncbn.SyncBatchNorm(CHANNELS, relu=True)
-    assert _kept(lambda: ours(x)) <= _kept(lambda: theirs(x))
+    count = 8  # of the whole batch, which torch's layer reads off the shape of its own
+    assert _kept(lambda: ours(x)) <= _kept(lambda: theirs(x)) + count
     # With β, which the mask is computed from.
-    assert _kept(lambda: fused(x)) <= _kept(lambda: theirs(x).relu()) - size + 4 * CHANNELS
-    assert _kept(lambda: fused(x, other)) <= _kept(lambda: (theirs(x) + other).relu())
+    with_relu = _kept(lambda: theirs(x).relu()) + count
+    assert _kept(lambda: fused(x)) <= with_relu - size + 4 * CHANNELS
+    assert _kept(lambda: fused(x, other)) <= _kept(lambda: (theirs(x) + other).relu()) + count
 
 
 class _Elsewhere(Tensor):
@@ -197,12 +113,6 @@ def test_other_residuals_are_added_as_torch_adds_them(kind: str) -> None:
         expected = (plain.train(training)(x) + other).relu()
         assert y.dtype == expected.dtype
         torch.testing.assert_close(y.as_subclass(Tensor), expected.as_subclass(Tensor))
-
-
-def test_function_refuses_a_residual_unlike_its_input() -> None:
-    x = _random(0, 4, CHANNELS)
-    with pytest.raises(InputError, match=r"residual like the input, of shape \(4, 5\), torch.floa"):
-        syncbn.sync_batch_norm(x, residual=x[:1])
 
 
 @fused
@@ -234,32 +144,3 @@ def test_compiles_without_a_break(residual: bool, relu: bool) -> None:
         results[-1] += [t.grad for t in (x, other, *layer.parameters()) if t.grad is not None]
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
-
-
-def _chosen() -> None:
-    x = _random(dist.get_rank(), 4, CHANNELS)
-    os.environ["SYNCBN_REDUCER"] = "shared_memory"
-    by_choice = syncbn.SyncBatchNorm(CHANNELS, reducer="process_group")
-    with recorded_all_reduces() as sent:
-        y = by_choice(x)
-    assert len(sent) == 1
-    torch.testing.assert_close(y, syncbn.sync_batch_norm(x, reducer="process_group")[0])
-    os.environ["SYNCBN_REDUCER"] = "no such thing"
-    torch.testing.assert_close(by_choice(x), y)
-    with pytest.raises(InputError, match="is 'no such thing'; set it to"):
-        syncbn.sync_batch_norm(x)
-
-
-def test_argument_chooses_the_reducer_over_the_variable() -> None:
-    run_world(2, _chosen)
-
-
-def test_reducer_that_is_none_is_refused_at_once() -> None:
-    with pytest.raises(InputError, match="the reducer is 'nccl'; choose auto, shared_memory, "):
-        syncbn.SyncBatchNorm(CHANNELS, reducer="nccl")
-
-
-def test_choices_are_shown() -> None:
-    shown = repr(syncbn.SyncBatchNorm(CHANNELS, relu=True, reducer="process_group"))
-    assert shown.endswith("relu=True, reducer='process_group')")
-    assert "relu" not in repr(syncbn.SyncBatchNorm(CHANNELS))
