@@ -349,7 +349,7 @@ def _in_world(world_size: int, function: Callable[..., None], *args: Any) -> Non
     if world_size == 1:
         function(*args)
     else:
-        run_world(world_size, function, *args, deadline_s=40)
+        run_world(world_size, function, *args)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -365,7 +365,7 @@ def test_gradients_sums_and_statistics_are_those_without_on_three_ranks() -> Non
 
 def test_three_ranks_are_no_exception() -> None:
     names = list(EXACT)[:5]
-    run_world(3, _exactly_as_without, names, ("residual and ReLU", "whitening"), deadline_s=40)
+    run_world(3, _exactly_as_without, names, ("residual and ReLU", "whitening"))
 
 
 # Where the recomputation may round otherwise, only the truth tells what is right.
