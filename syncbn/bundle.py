@@ -321,8 +321,10 @@ def _check(description: Description, state: dict[str, Tensor], allow_imports: bo
         if key.endswith(("running_var", "num_batches_tracked")) and (value < 0).any():
             raise BundleError(f"tensor {key!r} holds negative values")
     try:
+        size = 1, *description.input.shape
+        x = torch.empty(size, dtype=torch.get_default_dtype(), device="meta")
         with torch.device("meta"):  # what a forward makes for itself
-            output: object = model.eval()(torch.empty(1, *description.input.shape))
+            output: object = model.eval()(x)
     except Exception as error:  # whatever a forward makes of it
         raise BundleError(
             f"the model refuses an input of shape {(1, *description.input.shape)}: "

@@ -78,7 +78,7 @@ class StatisticsPenalty:
         """Return P of what was watched since the last call: 0-d, float64, differentiable."""
         terms, self._terms = self._terms, []
         if not terms:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
         return self._strength * torch.stack(terms).sum()
 
     def remove(self) -> None:

@@ -74,12 +74,12 @@ class NativeKernels:
         """Move running statistics, in place, towards the moments of a batch."""
         buffers = running_mean, running_var, num_batches_tracked
         if not (
-            are_plain(moments.packed, *buffers)
+            is_unobserved()
+            and are_plain(moments.packed, *buffers)
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()
             and running_var.is_contiguous()
-            and is_unobserved()
         ):
             _REFERENCE.update_running(moments, *buffers, momentum)
             return
