@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[repor
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from syncbn.errors import ConversionError, ConversionWarning
-from syncbn.layers.base import Synchronised, adopt, check_reducer
+from syncbn.layers.base import Synchronized, adopt, check_reducer
 from syncbn.layers.batch_norm import BatchNorm, SyncBatchNorm
 from syncbn.layers.converted import exchange, has_timms_forward, own_class, synchronized
 
@@ -166,7 +166,7 @@ def _warn_of_local_layers(model: nn.Module) -> None:
 def _keeps_statistics(module: nn.Module) -> bool:
     """Return whether a layer that is not converted looks like batch normalization."""
     buffers = module._buffers  # pyright: ignore[reportPrivateUsage] -- of which None, without tracking, is told by nothing public
-    if isinstance(module, (_BASE, _InstanceNorm, Synchronised)):
+    if isinstance(module, (_BASE, _InstanceNorm, Synchronized)):
         return False  # converted or left out by choice; of one sample each; synchronised
     # Frozen batch normalization has its weight for a buffer.
     return bool({"running_mean", "running_var"} & set(buffers)) and "weight" not in buffers
