@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import _native
-from syncbn._native.plain import are_plain
+from syncbn._native.plain import are_plain, has_memory
 from syncbn.comm.diagnose import require_agreement
 from syncbn.comm.fingerprint import add_fingerprint, invalidate, is_valid
 from syncbn.comm.recomputation import region
@@ -105,6 +105,8 @@ class Exchange:
         if self.reducer.world_size == 1:
             return vector
         if torch.compiler.is_compiling():
+            return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
+        if not has_memory(vector):  # of `is_grads_batched`, which calls an operator for each member
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
         return self._sum(vector, direction)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn._native.plain import transforming
+from syncbn._native.plain import has_memory, transforming
 from syncbn.kernels.protocol import Normalization
 from syncbn.moments import Moments
 
@@ -130,6 +130,6 @@ def _center(x: Tensor, mean: Tensor) -> _Centered:
 
 def _affine(values: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return values·scale + offset; writes into the values, which nobody else has, if it may."""
-    if transforming():  # under vmap, the values may lack the scale's members
-        return values * scale + offset
+    if torch.compiler.is_compiling() or transforming() or not has_memory(scale):
+        return values * scale + offset  # under vmap, the values may lack the scale's members
     return values.mul_(scale).add_(offset)

@@ -286,7 +286,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         else:
             kernels = NativeKernels()  # they look for themselves
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
-        x, norm = _differentiable(x, dy, norm, exchange)
+        norm = _as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
     sums = kernels.backward_reduce(dy, x, norm)
     dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
@@ -314,10 +314,18 @@ def _tangent(
 
     Communicates: one all-reduce of 2C float64 if x has a tangent, which every replica must give or
     none; none in a world of one.
+
+    Raises:
+        InputError: it is a tangent of a tangent, for which torch would take 0.
     """
+    levels: list[Any] = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
+    if sum(level.key().name == "Jvp" for level in levels) > 1:
+        raise InputError(
+            "batch normalization cannot take tangents of tangents, such as jacfwd(jacfwd(f)); take "
+            "jacfwd(jacrev(f)), which is torch.func.hessian, or jacrev(jacfwd(f))"
+        )
     x, weight, y, statistics = ctx.saved_tensors
-    some = next(t for t in (of_x, of_residual, of_weight, of_bias) if t is not None)
-    x, norm = _differentiable(x, some, Normalization(statistics, weight), ctx.exchange)
+    norm = _as_function_of(x, Normalization(statistics, weight), ctx.exchange)
     kernels = ReferenceKernels()
     result = torch.zeros_like(x)
     if of_x is not None:
@@ -331,26 +339,14 @@ def _tangent(
     return result if y is None else result.masked_fill(y <= 0, 0)
 
 
-def _differentiable(
-    x: Tensor, like: Tensor, norm: Normalization, exchange: Exchange
-) -> tuple[Tensor, Normalization]:
-    """Return x, and the normalization as what it is: a function of x.
+def _as_function_of(x: Tensor, norm: Normalization, exchange: Exchange) -> Normalization:
+    """Return a normalization whose statistics are what they are: functions of x.
 
     For what is differentiated in turn: then everything is a PyTorch operation, or a function whose
     gradients lead over all replicas.
     """
-    if not has_memory(like):
-        # One of many gradients or tangents at once, under vmap: operations that write into copies
-        # of x need x as many times.
-        x = (
-            torch.where(torch.ones_like(like, dtype=torch.bool), x, like)
-            if like.shape == x.shape
-            else x
-        )
-    if torch.is_grad_enabled():
-        statistics: Tensor = _Statistics.apply(x, norm.statistics, exchange)  # pyright: ignore[reportAssignmentType] -- as above
-        norm = norm._replace(statistics=statistics)
-    return x, norm
+    statistics: Tensor = _Statistics.apply(x, norm.statistics, exchange)  # pyright: ignore[reportAssignmentType] -- as above
+    return norm._replace(statistics=statistics)
 
 
 class _Statistics(torch.autograd.Function):
