@@ -1,4 +1,4 @@
-"""No script: the experiments of why.py that train on several ranks.
+"""The experiments of the chapter that train on several ranks.
 
 Each job is one that `syncbn-train` would run, with the same files left behind; but the ranks of one
 job go on to the next, which spares their start.
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from chapter import mean_and_error
-from measure import table
 from scipy import stats
 from torch.multiprocessing.spawn import spawn
 
+from scripts.bench.measure import table
+from scripts.chapter.digits import mean_and_error
 from syncbn.errors import TrainingError
 from syncbn.train.config import compose_config
 from syncbn.train.loop import train

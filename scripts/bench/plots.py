@@ -1,4 +1,4 @@
-"""Draws the figures of bench_layer.py; needs matplotlib.
+"""Draws the figures of scripts.bench.layer; needs matplotlib.
 
 Titles say what the figures show, and are computed from them, so that they stay true.
 """

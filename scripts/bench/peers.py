@@ -1,4 +1,4 @@
-"""The servers that bench_serve.py compares with, each as its documentation has it; no script.
+"""The servers that scripts.bench.serve compares with, each as its documentation has it.
 
 Each program below is a file of its own for the peer's own Python. All serve the same bundle by the
 same call, `Bundle.probabilities`, and answer with the probabilities alone. Access logs are off, and

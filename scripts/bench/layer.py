@@ -1,9 +1,9 @@
 """Time the synchronised layer beside torch's unsynchronised one, and its parts by themselves.
 
-python scripts/bench_layer.py                  prints the tables
-python scripts/bench_layer.py --json FILE      also writes the figures
-python scripts/bench_layer.py --plot DIR       also draws pictures of them
-python scripts/bench_layer.py --write          also puts tables and pictures into docs/
+python -m scripts.bench.layer                  prints the tables
+python -m scripts.bench.layer --json FILE      also writes the figures
+python -m scripts.bench.layer --plot DIR       also draws pictures of them
+python -m scripts.bench.layer --write          also puts tables and pictures into docs/
 
 Ranks are processes with one thread each. What is compared takes turns within one run; a figure is
 the median over the turns, each as slow as its slowest rank. Two sections time nothing: memory
@@ -23,12 +23,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from document import DOCUMENTS, write_table
-from measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import syncbn
+from scripts.bench.measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
+from scripts.dev.document import DOCUMENTS, write_table
 from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.kernels.protocol import Kernels, NativeKernels, ReferenceKernels
 
@@ -339,13 +339,13 @@ def main() -> None:
             text += f"\n\n{measured_on(figures['machine'], arguments.turns)}"
         print(f"\n## {name}\n\n{text}")
         if arguments.write:
-            write_table("performance.md", f"bench_layer.py {name}", text)
+            write_table("performance.md", f"scripts.bench.layer {name}", text)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     directories = [arguments.plot] if arguments.plot else []
     directories += [DOCUMENTS / "images"] if arguments.write else []
     if directories:
-        from plots import draw  # here, so that figures alone need no matplotlib
+        from scripts.bench.plots import draw  # here, so that figures alone need no matplotlib
 
         for directory in directories:
             draw(figures, directory)

@@ -1,4 +1,4 @@
-"""No script: draws the figures of why.py from its data.
+"""The pictures of the chapter, drawn from the data of its experiments.
 
 Titles say what the figures show, and are computed from them, so that they stay true.
 """
@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from chapter import mean_and_error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plots import BLUE, GREEN, GREY, ORANGE
+
+from scripts.bench.plots import BLUE, GREEN, GREY, ORANGE
+from scripts.chapter.digits import mean_and_error
 
 STYLE: Any = {
     "axes.axisbelow": True,

@@ -1,15 +1,15 @@
 """Measure the service beside LitServe, BentoML, MLServer and plain FastAPI, on loopback.
 
-python scripts/bench_serve.py --peers DIR      prints the tables; DIR gets the peers' environments
-python scripts/bench_serve.py --only tiny      one of the models: tiny or resnet18
-python scripts/bench_serve.py --json FILE      also writes the figures
-python scripts/bench_serve.py --write          also puts the tables into docs/performance.md
+python -m scripts.bench.serve --peers DIR      prints the tables; DIR gets the peers' environments
+python -m scripts.bench.serve --only tiny      one of the models: tiny or resnet18
+python -m scripts.bench.serve --json FILE      also writes the figures
+python -m scripts.bench.serve --write          also puts the tables into docs/performance.md
 
 All serve the same bundle, with one worker and one torch thread or two. Each server is started once
 and stands still (SIGSTOP) but for its slices of a round; a figure is the median over the rounds.
 Each connection sends one image, again as soon as it is answered, and every answer is checked. Ours
 runs as its users run it, with keys, metrics and logs. The peers' programs and settings are in
-scripts/peers.py. A batch of 16 images without a server is measured in the same rounds: as the
+scripts/bench/peers.py. A batch of 16 images without a server is measured in the same rounds: as the
 service computes it, with what torch has to make it fast, and as a bundle does without either.
 """
 
@@ -42,11 +42,12 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import uvloop
-from document import write_table
-from measure import Rows, machine, measured_on, progress, table
-from peers import PEERS, Array, Headers, Wire, protocol_wires
 from torch import Tensor
 
+from scripts import REPOSITORY
+from scripts.bench.measure import Rows, machine, measured_on, progress, table
+from scripts.bench.peers import PEERS, Array, Headers, Wire, protocol_wires
+from scripts.dev.document import write_table
 from service.model import Compute, Predictor
 from syncbn.bundle import (
     Architecture,
@@ -59,7 +60,6 @@ from syncbn.bundle import (
 from syncbn.models import build_model
 from syncbn.transforms.fold import fold
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = "ours"
 NAMES = {OURS: "syncbn", **{key: peer.name for key, peer in PEERS.items()}}
 ENCODINGS = ["raw", "json"]
@@ -935,7 +935,7 @@ def main() -> None:
         print(f"\n## {model}: {WORKLOADS[model].title}\n\n{text}", flush=True)
         everything[model] = [_plain(figures) for figures in measured]
         if arguments.write:
-            write_table("performance.md", f"bench_serve.py {model}", text)
+            write_table("performance.md", f"scripts.bench.serve {model}", text)
     if arguments.json:
         arguments.json.write_text(json.dumps(everything, indent=2) + "\n")
 

@@ -1,9 +1,9 @@
 """Time training: its step, its loop beside others, and what goes before the first step.
 
-python scripts/bench_train.py                  prints the tables
-python scripts/bench_train.py --section NAME   prints one: layers, loop, start or sweep
-python scripts/bench_train.py --json FILE      also writes the figures
-python scripts/bench_train.py --write          also puts the tables into docs/performance.md
+python -m scripts.bench.train                  prints the tables
+python -m scripts.bench.train --section NAME   prints one: layers, loop, start or sweep
+python -m scripts.bench.train --json FILE      also writes the figures
+python -m scripts.bench.train --write          also puts the tables into docs/performance.md
 
 What is compared takes turns within one run; a figure is the median over the turns. Ranks have one
 thread each. layers: steps of a ResNet-18 of which only the normalization differs. loop: epochs of
@@ -31,8 +31,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from document import write_table
-from measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] -- documented
 from torch.nn import functional
@@ -41,6 +39,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import syncbn
+from scripts import REPOSITORY
+from scripts.bench.measure import Rows, machine, measured_on, on_ranks, progress, table, take_turns
+from scripts.dev.document import write_table
 
 # Hydra, torchvision and scikit-learn are loaded where they are needed: this file is also the script
 # by hand whose start is timed.
@@ -55,7 +56,7 @@ WORKLOADS = {
     "digits, cnn": ["data=digits", "model=cnn"],
     "32×32 pixels, ResNet-18": [
         *("data=synthetic", "data.test_samples=32"),
-        *("model=custom", "model.factory=bench_train:resnet18"),
+        *("model=custom", "model.factory=scripts.bench.train:resnet18"),
     ],
 }
 BATCH_SIZE = 16
@@ -64,7 +65,7 @@ LOG_EVERY = 10
 TIMEOUT_S = 300
 NO_LIGHTNING = "not installed: `pip install lightning`"
 JOBS = 3
-TRAIN = str(Path(__file__).with_name("train.py"))
+TRAIN = str(REPOSITORY / "scripts" / "train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -404,7 +405,7 @@ def bench_starts(turns: int) -> Rows:
     for turn in range(turns):
         with tempfile.TemporaryDirectory() as directory:
             file, run_dir = Path(directory) / "by_hand", Path(directory) / "run"
-            by_hand = [*TORCHRUN, __file__, "--by-hand", str(file)]
+            by_hand = [*TORCHRUN, "-m", "scripts.bench.train", "--by-hand", str(file)]
             times["by hand"].append(_run(by_hand, file))
             ours = [sys.executable, TRAIN, "launch.nproc=2", "max_steps=1", "log_every_steps=1"]
             times["ours"].append(_run([*ours, f"run_dir={run_dir}"], run_dir / "steps.jsonl"))
@@ -452,7 +453,7 @@ def _run(command: list[str], until: Path | None = None, exit_code: int = 0) -> f
     """
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
         reached_s = taken_s = 0.0
         while process.poll() is None and taken_s < TIMEOUT_S:
             time.sleep(2e-3)
@@ -535,7 +536,7 @@ def main() -> None:
         text = f"{table(rows)}\n\n{summary(name, rows)}\n\n{measured}"
         print(f"\n## {name}\n\n{text}")
         if arguments.write:
-            write_table("performance.md", f"bench_train.py {name}", text)
+            write_table("performance.md", f"scripts.bench.train {name}", text)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
