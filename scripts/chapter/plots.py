@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.bench.plots import BLUE, GREEN, GREY, ORANGE
 from scripts.chapter.digits import mean_and_error
+from scripts.dev.colors import BLUE, GREEN, GREY, ORANGE
 
 STYLE: Any = {
     "axes.axisbelow": True,

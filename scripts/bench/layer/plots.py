@@ -1,4 +1,4 @@
-"""Draws the figures of scripts.bench.layer; needs matplotlib.
+"""The pictures of what was measured of the layer; needs matplotlib.
 
 Titles say what the figures show, and are computed from them, so that they stay true.
 """
@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Three of the colours that Okabe and Ito chose for all kinds of colour vision, and a grey.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+from scripts.dev.colors import BLUE, GREEN, GREY, ORANGE
+
 LAYOUT_COLOURS = {"contiguous": BLUE, "channels_last": ORANGE}
 DTYPES = ["float32", "bfloat16"]
 KERNELS = ["moments", "normalize", "reduce", "input"]
