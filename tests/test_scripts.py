@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bench.layer.against import SMALLEST, compare, report
 from tests.support.processes import REPOSITORY, run
 
 
@@ -31,6 +32,21 @@ def test_model_of_costs_is_that_of_its_formulas(tmp_path: Path) -> None:
     alpha_us, per_byte_us, both_sums = 30, 1 / 1250, 32 * 256 + 8
     assert row["tree µs"] == pytest.approx(2 * 6 * alpha_us + 6 * both_sums * per_byte_us)
     assert row["ring µs"] == pytest.approx(2 * 14 * alpha_us + 14 / 8 * both_sums * per_byte_us)
+
+
+def test_layer_is_timed_beside_that_of_another_checkout() -> None:
+    case = {"dtype": "float32", "shape": SMALLEST, "layout": "channels_last"}
+    rows = compare(REPOSITORY, turns=1, starts=1, world_sizes=[2], cases=[case])
+    (row,) = rows
+    assert {"W": 2, **case}.items() <= row.items()
+    for name in ("nn.BatchNorm2d µs", "before µs", "after µs", "after / before"):
+        assert row[name] > 0
+    assert "W = 2, float32, channels_last: nn.BatchNorm2d " in report(rows)
+
+
+def test_checkout_without_a_layer_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"a rank of {tmp_path} ended with 1"):
+        compare(tmp_path, turns=1, starts=1, world_sizes=[1])
 
 
 def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ python -m scripts.bench.layer                  prints the tables
 python -m scripts.bench.layer --json FILE      also writes the figures
 python -m scripts.bench.layer --plot DIR       also draws pictures of them
 python -m scripts.bench.layer --write          also puts tables and pictures into docs/
+python -m scripts.bench.layer --against PATH   only compares with the layer of another checkout
 
 Ranks are processes with one thread each. What is compared takes turns within one run; a figure is
 the median over the turns, each as slow as its slowest rank. Two sections time nothing: memory
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from scripts.bench.layer import against
 from scripts.bench.layer.costs import ALGORITHMS, model_costs
 from scripts.bench.layer.kernels import bench_kernels
 from scripts.bench.layer.memory import count_memory
@@ -85,10 +87,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures of the figures")
     parser.add_argument("--write", action="store_true", help="put tables and pictures into docs/")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="PATH",
+        help="another checkout, with its native kernels compiled: print its layer's times "
+        "(before), this one's (after) and torch's side by side, on 1 and 2 ranks; takes minutes",
+    )
     arguments = parser.parse_args()
     names = [arguments.only] if arguments.only else list(SECTIONS)
+    if arguments.against:
+        if arguments.only or arguments.plot or arguments.write:
+            parser.error("--against goes with --turns and --json alone")
+        if not (arguments.against / "syncbn" / "__init__.py").exists():
+            parser.error(f"--against: {arguments.against} is no checkout of this project")
+        names = []
     figures: dict[str, Any] = {"machine": machine()}
     print(*(f"{key}: {value}" for key, value in figures["machine"].items()), sep="\n", flush=True)
+    if arguments.against:
+        turns = arguments.turns or against.TURNS
+        rows = figures["against"] = against.compare(arguments.against.resolve(), turns)
+        print(f"\n## against {arguments.against}\n\n{against.report(rows)}")
+        print(f"\n{measured_on(figures['machine'], turns)}")
     turns = arguments.turns or TURNS
     for name in names:
         rows = figures[name] = run_section(name, turns)
