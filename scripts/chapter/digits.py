@@ -72,7 +72,7 @@ def accuracy(data: Digits, model: nn.Module) -> float:
 
 @torch.no_grad()
 def accuracy_by_batch(data: Digits, model: nn.Module, size: int, order: Tensor) -> float:
-    """Return the test accuracy where each batch of `size` is normalised by its own statistics.
+    """Return the test accuracy where each batch of `size` is normalized by its own statistics.
 
     Args:
         data: the digits.

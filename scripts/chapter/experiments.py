@@ -97,12 +97,12 @@ def _short(value: float) -> str:
 def rates(directory: Path) -> Data:
     """Return the final losses of chains with and without BN, over learning rates."""
     rows: Rows = []
-    for normalise, scale in itertools.product((True, False), CHAIN_SCALES):
+    for normalize, scale in itertools.product((True, False), CHAIN_SCALES):
         rates = torch.tensor(RATES, dtype=torch.float64)
-        chains = [train_chain(normalise, rates, 20, 300, seed, scale)[-1] for seed in SEEDS]
+        chains = [train_chain(normalize, rates, 20, 300, seed, scale)[-1] for seed in SEEDS]
         finals = zip(RATES, torch.stack(chains, 1).tolist(), strict=True)
         rows += [
-            {"normalised": normalise, "scale": scale, "lr": lr, "losses": losses}
+            {"normalized": normalize, "scale": scale, "lr": lr, "losses": losses}
             for lr, losses in finals
         ]
     return {"rows": rows}
@@ -152,15 +152,15 @@ def delta(directory: Path) -> Data:
 def mean(directory: Path) -> Data:
     """Return how a unit's mean gets to where it is wanted, by β alone and by everything."""
     rows: Rows = []
-    for rate, normalise in itertools.product(MEAN_RATES, (True, False)):
-        means = [means_while_learning(normalise, rate, seed, 50) for seed in range(10)]
+    for rate, normalize in itertools.product(MEAN_RATES, (True, False)):
+        means = [means_while_learning(normalize, rate, seed, 50) for seed in range(10)]
         steps = [steps_until_there(each) for each in means]
-        rows.append({"lr": rate, "normalised": normalise, "means": means, "steps": steps})
+        rows.append({"lr": rate, "normalized": normalize, "means": means, "steps": steps})
     return {"rows": rows}
 
 
 def translation(directory: Path) -> Data:
-    """Return a digit, it moved, and both normalised among others that stay."""
+    """Return a digit, it moved, and both normalized among others that stay."""
     images = split_digits().x[:64].reshape(-1, 1, 8, 8)
     generator = torch.Generator().manual_seed(0)
     places = [0, *torch.randint(5, (len(images) - 1,), generator=generator).tolist()]
