@@ -20,7 +20,7 @@ demo: install  ## train on 2 processes, serve the model, query it
 	$(BIN)/python scripts/demo.py
 
 why: install  ## compute and draw what docs/why.md shows, in a quarter of an hour
-	$(BIN)/python scripts/why.py
+	$(BIN)/python -m scripts.chapter
 
 test: install  ## lint, format check, types, import directions, tests
 	$(BIN)/ruff check

@@ -10,10 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
-from scripts.chapter import (
-    Digits,
+from scripts.chapter.claims import (
     PositionNorm,
-    accuracy_by_batch,
     before_and_after_moving,
     chain_gradient,
     chain_step,
@@ -28,6 +26,7 @@ from scripts.chapter import (
     steps_until_there,
     train_chain,
 )
+from scripts.chapter.digits import Digits, accuracy_by_batch
 from syncbn.errors import InputError
 from tests.support.world import run_world
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bench.layer.against import SMALLEST, compare, report
 from tests.support.processes import REPOSITORY, run
 
 
 def _figures(section: str, tmp_path: Path) -> list[dict[str, float]]:
-    script, file = REPOSITORY / "scripts" / "bench_layer.py", tmp_path / "figures.json"
-    command = [sys.executable, str(script), "--only", section, "--json", str(file)]
-    result = run(command, tmp_path, timeout_s=120)
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "scripts.bench.layer", "--only", section, "--json", str(file)]
+    result = run(command, REPOSITORY)
     assert result.returncode == 0, result.stdout
     return json.loads(file.read_text())[section]
 
@@ -33,26 +34,42 @@ def test_model_of_costs_is_that_of_its_formulas(tmp_path: Path) -> None:
     assert row["ring µs"] == pytest.approx(2 * 14 * alpha_us + 14 / 8 * both_sums * per_byte_us)
 
 
+def test_layer_is_timed_beside_that_of_another_checkout() -> None:
+    case = {"dtype": "float32", "shape": SMALLEST, "layout": "channels_last"}
+    rows = compare(REPOSITORY, turns=1, starts=1, world_sizes=[2], cases=[case])
+    (row,) = rows
+    assert {"W": 2, **case}.items() <= row.items()
+    for name in ("nn.BatchNorm2d µs", "before µs", "after µs", "after / before"):
+        assert row[name] > 0
+    assert "W = 2, float32, channels_last: nn.BatchNorm2d " in report(rows)
+
+
+def test_checkout_without_a_layer_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"a rank of {tmp_path} ended with 1"):
+        compare(tmp_path, turns=1, starts=1, world_sizes=[1])
+
+
 def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "why.py"), "why"]
-    result = run([*command, "--only", "chain", "delta"], tmp_path, timeout_s=120)
+    why = tmp_path / "why"
+    command = [sys.executable, "-m", "scripts.chapter", str(why)]
+    result = run([*command, "--only", "chain", "delta"], REPOSITORY)
     assert result.returncode == 0, result.stdout
-    assert "data and pictures are in why" in result.stdout
+    assert f"data and pictures are in {why}" in result.stdout
     for name in ("chain", "delta"):
-        assert json.loads((tmp_path / "why" / f"{name}.json").read_text())["rows"]
-        assert (tmp_path / "why" / f"why-{name}.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "why" / "why-delta.png").unlink()
-    again = run([*command, "--only", "delta", "rates", "--draw"], tmp_path, timeout_s=120)
+        assert json.loads((why / f"{name}.json").read_text())["rows"]
+        assert (why / f"why-{name}.png").read_bytes().startswith(b"\x89PNG")
+    (why / "why-delta.png").unlink()
+    again = run([*command, "--only", "delta", "rates", "--draw"], REPOSITORY)
     assert again.returncode == 1
-    assert "there is no why/rates.json to draw; leave out --draw" in again.stdout
-    assert (tmp_path / "why" / "why-delta.png").exists()
+    assert f"there is no {why}/rates.json to draw; leave out --draw" in again.stdout
+    assert (why / "why-delta.png").exists()
 
 
 def test_claims_cannot_be_drawn_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for place in ("file", "/proc"):  # the latter exists, and takes no file from anybody
-        command = [sys.executable, str(REPOSITORY / "scripts" / "why.py"), place]
-        result = run(command, tmp_path, timeout_s=120)
+    file = tmp_path / "file"
+    file.touch()
+    for place in (str(file), "/proc"):  # the latter exists, and takes no file from anybody
+        result = run([sys.executable, "-m", "scripts.chapter", place], REPOSITORY)
         assert result.returncode == 1
-        assert result.stdout.startswith(f"why.py: cannot write to {place}: ")
+        assert result.stdout.startswith(f"scripts.chapter: cannot write to {place}: ")
         assert "name another directory" in result.stdout

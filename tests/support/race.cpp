@@ -1,4 +1,4 @@
-// What scripts/sanitize.py runs under ThreadSanitizer and on arm64: ranks as threads of one
+// What scripts/dev/sanitize.py runs under ThreadSanitizer and on arm64: ranks as threads of one
 // process, loops shared among threads, and results beside those of a plain loop in float64.
 //
 // race ROUNDS     exits with 0, or says what is wrong and exits with 1

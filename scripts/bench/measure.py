@@ -1,4 +1,4 @@
-"""What the bench scripts share: ranks, taking turns, tables, and the machine's name; no script."""
+"""What the benchmarks share: ranks, taking turns, tables, and the machine's name."""
 
 import json
 import os

@@ -1,16 +1,23 @@
 """Puts tables that scripts make into the pages of docs/, between their markers."""
 
 import sys
-from pathlib import Path
 
-DOCUMENTS = Path(__file__).parent.parent / "docs"
+from scripts import REPOSITORY
+
+DOCUMENTS = REPOSITORY / "docs"
 END = "<!-- end of table -->"
 
 
 def write_table(page: str, source: str, table: str) -> None:
-    """Replace what stands in a page between the marker of a source and the end of its table."""
+    """Replace what stands in a page between the marker of a source and the end of its table.
+
+    Args:
+        page: the name of a file in docs/.
+        source: the command that made the table, as `python -m` takes it.
+        table: in markdown.
+    """
     document = DOCUMENTS / page
-    begin = f"<!-- table: scripts/{source} -->"
+    begin = f"<!-- table: {source} -->"
     before, found, rest = document.read_text().partition(begin)
     if not found:
         sys.exit(f"{document} has no line {begin!r} to put the table after")

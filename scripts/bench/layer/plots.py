@@ -1,4 +1,4 @@
-"""Draws the figures of bench_layer.py; needs matplotlib.
+"""The pictures of what was measured of the layer; needs matplotlib.
 
 Titles say what the figures show, and are computed from them, so that they stay true.
 """
@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Three of the colours that Okabe and Ito chose for all kinds of colour vision, and a grey.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
-LAYOUT_COLOURS = {"contiguous": BLUE, "channels_last": ORANGE}
+from scripts.dev.colors import BLUE, GRAY, GREEN, ORANGE
+
+LAYOUT_COLORS = {"contiguous": BLUE, "channels_last": ORANGE}
 DTYPES = ["float32", "bfloat16"]
 KERNELS = ["moments", "normalize", "reduce", "input"]
 BAR = 0.38
@@ -34,10 +34,10 @@ def _layer(rows: Rows) -> Figure:
     panels: list[Axes] = list(figure.subplots(1, 2, sharey=True))
     for panel, dtype in zip(panels, DTYPES, strict=True):
         shapes = _shapes(rows)
-        for offset, (layout, colour) in zip((-0.5, 0.5), LAYOUT_COLOURS.items(), strict=True):
+        for offset, (layout, color) in zip((-0.5, 0.5), LAYOUT_COLORS.items(), strict=True):
             ratios = [_find(rows, dtype, shape, layout)["ratio"] for shape in shapes]
             places = [place + offset * BAR for place in range(len(shapes))]
-            bars = panel.bar(places, ratios, BAR, color=colour, label=layout)
+            bars = panel.bar(places, ratios, BAR, color=color, label=layout)
             panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2, bbox=NUMBER_BOX)
         panel.axhline(1, color="black", linewidth=1, linestyle="--", label="equally fast", zorder=2)
         panel.set_xticks(range(len(shapes)), [_short(shape) for shape in shapes], fontsize=8)
@@ -49,7 +49,7 @@ def _layer(rows: Rows) -> Figure:
     ratios = [row["ratio"] for row in rows]
     figure.suptitle(
         f"On 2 ranks, forward and backward take {min(ratios):.1f} to {max(ratios):.1f} times as "
-        "long as without synchronising"
+        "long as without synchronizing"
     )
     return figure
 
@@ -67,10 +67,10 @@ def _growth(rows: Rows) -> Figure:
     for panel, c in zip(panels, channels, strict=True):
         ours = [row for row in rows if row["C"] == c]
         worlds = [row["W"] for row in ours]
-        for name, (colour, marker) in lines.items():
+        for name, (color, marker) in lines.items():
             times = [row[f"{name} µs"] for row in ours]
             label = name if name.startswith("sum") else "all-gather over gloo"
-            panel.plot(worlds, times, color=colour, marker=marker, label=label)
+            panel.plot(worlds, times, color=color, marker=marker, label=label)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(worlds, [str(w) for w in worlds])
@@ -99,16 +99,16 @@ def _kernels(rows: Rows) -> Figure:
     shapes = _shapes(rows)
     for line, dtype in zip(panels, DTYPES, strict=True):
         for panel, kernel in zip(line, KERNELS, strict=True):
-            for offset, (layout, colour) in zip((-0.5, 0.5), LAYOUT_COLOURS.items(), strict=True):
+            for offset, (layout, color) in zip((-0.5, 0.5), LAYOUT_COLORS.items(), strict=True):
                 found = [_find(rows, dtype, shape, layout) for shape in shapes]
                 places = [place + offset * BAR for place in range(len(shapes))]
                 native = [row[f"native {kernel}"] for row in found]
-                panel.barh(places, native, BAR, color=colour, label=f"native, {layout}")
+                panel.barh(places, native, BAR, color=color, label=f"native, {layout}")
                 reference = [row[f"reference {kernel}"] for row in found]
                 panel.plot(
                     reference, places, "|", color="black", markersize=7, label="PyTorch operations"
                 )
-            panel.axvline(1, color=GREY, linewidth=1, linestyle="--")
+            panel.axvline(1, color=GRAY, linewidth=1, linestyle="--")
             panel.set_title(f"{kernel}, {dtype}", fontsize=10)
             _clear(panel)
             panel.grid(visible=False, axis="y")

@@ -1,9 +1,9 @@
 """Run the native code under sanitizers, and on arm64; say "clean", or show the report and fail.
 
-python scripts/sanitize.py             all three parts
-python scripts/sanitize.py address     its Python tests, with AddressSanitizer and UBSan
-python scripts/sanitize.py thread      tests/support/race.cpp, with ThreadSanitizer
-python scripts/sanitize.py arm64       the same for arm64, emulated by qemu; a check of numbers
+python -m scripts.dev.sanitize             all three parts
+python -m scripts.dev.sanitize address     its Python tests, with AddressSanitizer and UBSan
+python -m scripts.dev.sanitize thread      tests/support/race.cpp, with ThreadSanitizer
+python -m scripts.dev.sanitize arm64       the same for arm64, emulated by qemu; a check of numbers
 
 Takes minutes, and needs Linux, g++ and its sanitizers; arm64 also Debian's packages
 g++-aarch64-linux-gnu and qemu-user-static, and is skipped without them. qemu on x86-64 keeps that
@@ -21,10 +21,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts import REPOSITORY
 from syncbn._native.build import FLAGS, HERE, compile_library
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "tests" / "support" / "race.cpp"
+DRIVER = REPOSITORY / "tests" / "support" / "race.cpp"
 SANITIZED = [*FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]  # the last -O counts
 SUITES = [
     *("tests/contracts/test_kernels.py", "tests/contracts/test_reducers.py"),
@@ -43,8 +43,8 @@ def check_address(directory: Path) -> str:
     """Run the tests of the native code on a copy whose library looks after every access."""
     for name in ("syncbn", "tests"):
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, directory / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", directory)
+        shutil.copytree(REPOSITORY / name, directory / name, ignore=ignored)
+    shutil.copy(REPOSITORY / "pyproject.toml", directory)
     library = directory / "syncbn" / "_native" / "libsyncbn.so"
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     compile_library(library, "g++", [*SANITIZED, *flags])
@@ -98,7 +98,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def _run(command: list[str], cwd: Path = ROOT, **environment: str) -> None:
+def _run(command: list[str], cwd: Path = REPOSITORY, **environment: str) -> None:
     """Run a command; stop at a failure, and at a report, for a test may get over a rank's death."""
     environment = {**os.environ, **environment}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""No script: the claims of the chapter that this project implements, as functions to be tested.
+"""The claims of the chapter that this project implements, as functions to be tested.
 
 The chapter: Goodfellow, Bengio and Courville, "Deep Learning" (2016), section 8.7.1.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -99,14 +98,14 @@ def cost_of_order(layers: int, order: int) -> int:
 
 
 def train_chain(
-    normalise: bool, rates: Tensor, layers: int, steps: int, seed: int, scale: float = 1.0
+    normalize: bool, rates: Tensor, layers: int, steps: int, seed: int, scale: float = 1.0
 ) -> Tensor:
     """Return the losses of linear chains of one unit a layer that learn y = 2·x by plain steps.
 
-    With `normalise`, the last hidden unit is normalised over the batch: ŷ = w_l·ĥ_{l−1}.
+    With `normalize`, the last hidden unit is normalized over the batch: ŷ = w_l·ĥ_{l−1}.
 
     Args:
-        normalise: whether ĥ or h is what the last weight scales.
+        normalize: whether ĥ or h is what the last weight scales.
         rates: learning rates, shape (k,), float64: a chain for each, which start alike.
         layers: l.
         steps: of gradient descent on ½·mean((ŷ − y)²), for 64 samples x of a standard normal.
@@ -124,7 +123,7 @@ def train_chain(
     losses: list[Tensor] = []
     for _ in range(steps):
         hidden = x * weights[:-1].prod(0)
-        if normalise:
+        if normalize:
             hidden = syncbn.sync_batch_norm(hidden, eps=1e-12)[0]
         loss = 0.5 * (weights[-1] * hidden - 2 * x).square().mean(0)
         losses.append(loss.detach())
@@ -144,7 +143,7 @@ def followed_gradient(h: Tensor, dy: Tensor, step: float, constants: bool) -> Te
         h: activations of one unit, shape (n, 1), float64.
         dy: ∂L/∂ĥ, of that shape.
         step: the length of the step, in units of h² (L has none).
-        constants: whether the gradient takes μ and σ for constants, as if normalising were not part
+        constants: whether the gradient takes μ and σ for constants, as if normalizing were not part
             of the model; else it is batch normalization's.
     """
     h = h.detach().requires_grad_()
@@ -174,8 +173,8 @@ def gradient_with_delta_outside(delta: float, dtype: torch.dtype) -> Tensor:
     The quotient has a derivative there, (I − 11ᵀ/n)/δ; but the root's own is infinite.
     """
     x = torch.ones(4, 1, dtype=dtype, requires_grad=True)
-    centred = x - x.mean(0)
-    y = centred / (centred.square().mean(0).sqrt() + delta)
+    centered = x - x.mean(0)
+    y = centered / (centered.square().mean(0).sqrt() + delta)
     y.backward(torch.tensor([[1.0], [-1], [1], [-1]], dtype=dtype))
     assert x.grad is not None
     return x.grad
@@ -190,14 +189,14 @@ def gamma_and_beta_of(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, 
     return hidden.std(0, correction=0), hidden.mean(0) + bias
 
 
-def means_while_learning(normalise: bool, lr: float, seed: int, steps: int) -> list[float]:
+def means_while_learning(normalize: bool, lr: float, seed: int, steps: int) -> list[float]:
     """Return the mean of a unit over a batch while gradient descent moves it to 1, step by step.
 
     The unit is on top of eight layers of sixteen tanh units; all parameters learn. With
-    `normalise`, it is BN's output, whose mean is β alone; else the bias and everything below act.
+    `normalize`, it is BN's output, whose mean is β alone; else the bias and everything below act.
 
     Args:
-        normalise: whether the unit is normalised.
+        normalize: whether the unit is normalized.
         lr: learning rate.
         seed: of weights and samples.
         steps: of gradient descent on ½·(mean − 1)². The mean alone is what is asked for, so all
@@ -221,7 +220,7 @@ def means_while_learning(normalise: bool, lr: float, seed: int, steps: int) -> l
         hidden = x
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden = (hidden @ weight.T + bias).tanh()
-        if normalise:
+        if normalize:
             unit = syncbn.sync_batch_norm(hidden @ weights[-1].T, gamma, biases[-1])[0]
         else:
             unit = hidden @ weights[-1].T + biases[-1]
@@ -253,7 +252,7 @@ class PositionNorm(nn.Module):
 def before_and_after_moving(
     norm: Callable[[Tensor], Tensor], x: Tensor, shift: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what normalising makes of the first of some maps, and of it moved among the others.
+    """Return what normalizing makes of the first of some maps, and of it moved among the others.
 
     Args:
         norm: from (N, C, H, W) to the same shape.
@@ -265,83 +264,3 @@ def before_and_after_moving(
     """
     moved = torch.cat([x[:1].roll(shift, 3), x[1:]])
     return norm(x)[0], norm(moved)[0]
-
-
-# 6 and 8. The digits
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Scaled images of scikit-learn's digits, (n, 64) float32, and their labels."""
-
-    x: Tensor
-    labels: Tensor
-    test_x: Tensor
-    test_labels: Tensor
-
-
-def digits() -> Digits:
-    """Return the digits, four of five for training, in a fixed random order."""
-    images, targets = load_digits(return_X_y=True)
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
-    x = torch.tensor(images, dtype=torch.float32)[order] / 16
-    labels = torch.tensor(targets)[order]
-    cut = len(labels) * 4 // 5
-    return Digits(x[:cut], labels[:cut], x[cut:], labels[cut:])
-
-
-def perceptron(place: str, width: int = 32, depth: int = 3) -> nn.Sequential:
-    """Return linear layers and ReLU with batch normalization: before, after or nowhere (none)."""
-    layers: list[nn.Module] = []
-    features = 64
-    for _ in range(depth):
-        layers.append(nn.Linear(features, width, bias=place != "before"))
-        norm = [] if place == "none" else [syncbn.SyncBatchNorm(width)]
-        layers.extend([*norm, nn.ReLU()] if place == "before" else [nn.ReLU(), *norm])
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, 10))
-
-
-def train_on(
-    data: Digits, model: nn.Module, seed: int, lr: float, epochs: int, batch_size: int = 32
-) -> None:
-    """Train a model by plain stochastic gradient descent with momentum 0.9."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(data.x), generator=generator).split(batch_size):
-            if len(batch) > 1:
-                loss = functional.cross_entropy(model(data.x[batch]), data.labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-
-@torch.no_grad()
-def accuracy(data: Digits, model: nn.Module) -> float:
-    """Return the test accuracy, 0 to 1, from the running statistics."""
-    model.eval()
-    right = (model(data.test_x).argmax(1) == data.test_labels).double().mean().item()
-    model.train()
-    return right
-
-
-@torch.no_grad()
-def accuracy_by_batch(data: Digits, model: nn.Module, size: int, order: Tensor) -> float:
-    """Return the test accuracy where each batch of `size` is normalised by its own statistics.
-
-    Args:
-        data: the digits.
-        model: in training mode; a copy whose running statistics may move.
-        size: samples in a batch; a divisor of how many there are, so that every sample counts.
-        order: of the test samples.
-    """
-    batches = order.reshape(-1, size)
-    right = [model(data.test_x[batch]).argmax(1) == data.test_labels[batch] for batch in batches]
-    return torch.cat(right).double().mean().item()
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    return float(tensor.mean()), float(tensor.std() / len(values) ** 0.5)

@@ -1,51 +1,41 @@
-"""Computes and draws what docs/why.md shows: data and pictures of the claims of the chapter."""
+"""The experiments of the chapter that take one process, each of which returns a figure's data."""
 
-import argparse
 import itertools
-import json
-import shutil
-import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-import matplotlib as mpl
 import torch
-import why_plots as plots
-from chapter import (
-    PositionNorm,
-    accuracy,
-    accuracy_by_batch,
-    before_and_after_moving,
-    chain_step,
-    cost_of_order,
-    digits,
-    followed_gradient,
-    gradient_at_zero_variance,
-    mean_and_error,
-    means_while_learning,
-    newton_step,
-    perceptron,
-    second_order_term,
-    steps_until_there,
-    train_chain,
-    train_on,
-)
-from document import write_table
-from experiments import before, before_table, synchronising, synchronising_table
-from matplotlib.figure import Figure
-from measure import Rows, on_ranks, table, take_turns
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 import syncbn
+from scripts.bench.measure import Rows, on_ranks, table, take_turns
+from scripts.chapter.claims import (
+    PositionNorm,
+    before_and_after_moving,
+    chain_step,
+    cost_of_order,
+    followed_gradient,
+    gradient_at_zero_variance,
+    means_while_learning,
+    newton_step,
+    second_order_term,
+    steps_until_there,
+    train_chain,
+)
+from scripts.chapter.digits import (
+    accuracy,
+    accuracy_by_batch,
+    mean_and_error,
+    perceptron,
+    split_digits,
+    train_on,
+)
 
 Data = dict[str, Any]
-IMAGES = Path(__file__).parent.parent / "docs" / "images"
 LAYERS = range(2, 51)
 SCALES = [0.5, 0.9, 1.0, 1.1, 1.2]
 EPSILON = 1e-2
@@ -58,50 +48,7 @@ TEST_BATCHES = [2, 4, 8, 15, 30, 60, 120]  # divisors of 360 test images
 CHANNELS = (16, 32, 64, 128, 256, 512)
 
 
-def main() -> None:
-    """Compute and draw the sections that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "directory", nargs="?", type=Path, default=Path("runs/why"), help="default: %(default)s"
-    )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument(
-        "--write", action="store_true", help="put pictures and tables into docs/ too"
-    )
-    parser.add_argument(
-        "--draw", action="store_true", help="only draw, from the data that a run before has left"
-    )
-    arguments = parser.parse_args()
-    places = [arguments.directory, *([IMAGES] if arguments.write else [])]
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=place).close()
-        except OSError as error:
-            sys.exit(f"why.py: cannot write to {place}: {error.strerror}; name another directory")
-    torch.set_num_threads(1)  # the layers are too small to share
-    for name in arguments.only:
-        started = time.monotonic()
-        print(f"{name} …", end=" ", flush=True)
-        compute, draw = SECTIONS[name]
-        file = arguments.directory / f"{name}.json"
-        if not arguments.draw:
-            file.write_text(json.dumps(compute(arguments.directory), indent=1))
-        elif not file.exists():
-            sys.exit(f"why.py: there is no {file} to draw; leave out --draw")
-        data = json.loads(file.read_text())
-        picture = arguments.directory / f"why-{name}.png"
-        with mpl.rc_context(plots.STYLE):
-            draw(data).savefig(picture)
-        if arguments.write:
-            shutil.copy(picture, IMAGES)
-            if name in TABLES:
-                write_table("why.md", f"why.py {name}", TABLES[name](data))
-        print(f"{time.monotonic() - started:.0f} s", flush=True)
-    print(f"data and pictures are in {arguments.directory}")
-
-
-def _chain(directory: Path) -> Data:
+def chain(directory: Path) -> Data:
     """Return the orders of a step in chains of several depths and scales of weights."""
     rows: Rows = []
     for layers, scale in itertools.product(LAYERS, SCALES):
@@ -123,7 +70,8 @@ def _chain(directory: Path) -> Data:
     return {"epsilon": EPSILON, "rows": rows, "derivatives of 50 layers by order": costs}
 
 
-def _chain_table(data: Data) -> str:
+def chain_table(data: Data) -> str:
+    """Return the terms of a step in the deepest chains, for each scale of weights."""
     rows: Rows = []
     for row in data["rows"]:
         if row["layers"] == LAYERS[-1]:
@@ -146,21 +94,21 @@ def _short(value: float) -> str:
     return f"{digits}e{int(exponent)}".replace("-", "−")
 
 
-def _rates(directory: Path) -> Data:
+def rates(directory: Path) -> Data:
     """Return the final losses of chains with and without BN, over learning rates."""
     rows: Rows = []
-    for normalise, scale in itertools.product((True, False), CHAIN_SCALES):
+    for normalize, scale in itertools.product((True, False), CHAIN_SCALES):
         rates = torch.tensor(RATES, dtype=torch.float64)
-        chains = [train_chain(normalise, rates, 20, 300, seed, scale)[-1] for seed in SEEDS]
+        chains = [train_chain(normalize, rates, 20, 300, seed, scale)[-1] for seed in SEEDS]
         finals = zip(RATES, torch.stack(chains, 1).tolist(), strict=True)
         rows += [
-            {"normalised": normalise, "scale": scale, "lr": lr, "losses": losses}
+            {"normalized": normalize, "scale": scale, "lr": lr, "losses": losses}
             for lr, losses in finals
         ]
     return {"rows": rows}
 
 
-def _gradient(directory: Path) -> Data:
+def gradient(directory: Path) -> Data:
     """Return mean and deviation of a unit's activations, the more they follow their gradient.
 
     Of two ranks with unequal shares, which is to rounding what one computes of all samples.
@@ -187,7 +135,7 @@ def _gradient(directory: Path) -> Data:
     return {"rows": rows}
 
 
-def _delta(directory: Path) -> Data:
+def delta(directory: Path) -> Data:
     """Return the gradient at zero variance for several δ and dtypes."""
     rows: Rows = []
     for exponent in range(-14, 1):
@@ -201,19 +149,19 @@ def _delta(directory: Path) -> Data:
     return {"rows": rows}
 
 
-def _mean(directory: Path) -> Data:
+def mean(directory: Path) -> Data:
     """Return how a unit's mean gets to where it is wanted, by β alone and by everything."""
     rows: Rows = []
-    for rate, normalise in itertools.product(MEAN_RATES, (True, False)):
-        means = [means_while_learning(normalise, rate, seed, 50) for seed in range(10)]
+    for rate, normalize in itertools.product(MEAN_RATES, (True, False)):
+        means = [means_while_learning(normalize, rate, seed, 50) for seed in range(10)]
         steps = [steps_until_there(each) for each in means]
-        rows.append({"lr": rate, "normalised": normalise, "means": means, "steps": steps})
+        rows.append({"lr": rate, "normalized": normalize, "means": means, "steps": steps})
     return {"rows": rows}
 
 
-def _translation(directory: Path) -> Data:
-    """Return a digit, it moved, and both normalised among others that stay."""
-    images = digits().x[:64].reshape(-1, 1, 8, 8)
+def translation(directory: Path) -> Data:
+    """Return a digit, it moved, and both normalized among others that stay."""
+    images = split_digits().x[:64].reshape(-1, 1, 8, 8)
     generator = torch.Generator().manual_seed(0)
     places = [0, *torch.randint(5, (len(images) - 1,), generator=generator).tolist()]
     wide = zip(images, places, strict=True)
@@ -227,9 +175,9 @@ def _translation(directory: Path) -> Data:
     return {"images": {name: [y[0].tolist() for y in pair] for name, pair in pairs.items()}}
 
 
-def _digits(directory: Path) -> Data:
+def digits(directory: Path) -> Data:
     """Return accuracies of the places of BN, and of statistics of the batch at test time."""
-    data = digits()
+    data = split_digits()
     places: dict[str, list[float]] = {"before": [], "after": [], "none": []}
     sizes: Data = {"mixed": {}, "by class": {}}
     by_class = data.test_labels.argsort(stable=True)
@@ -274,7 +222,7 @@ def _whitening_times(turns: int) -> Rows:
     return rows
 
 
-def _whitening(directory: Path) -> Data:
+def whitening(directory: Path) -> Data:
     """Return the time of whitening beside that of batch normalization, as channels grow."""
     return {
         "input": "16×C×8×8 on each rank, float32, one thread",
@@ -282,31 +230,7 @@ def _whitening(directory: Path) -> Data:
     }
 
 
-def _whitening_table(data: Data) -> str:
+def whitening_table(data: Data) -> str:
+    """Return the times of `whitening`, a row for each number of ranks and channels."""
     times = data["milliseconds by ranks"]
     return table([{"ranks": ranks} | row for ranks, rows in times.items() for row in rows])
-
-
-Section = tuple[Callable[[Path], Data], Callable[[Data], Figure]]
-SECTIONS: Mapping[str, Section] = {
-    "chain": (_chain, plots.chain),
-    "rates": (_rates, plots.rates),
-    "gradient": (_gradient, plots.gradient),
-    "delta": (_delta, plots.delta),
-    "mean": (_mean, plots.mean),
-    "translation": (_translation, plots.translation),
-    "digits": (_digits, plots.digits),
-    "before": (before, plots.before),
-    "whitening": (_whitening, plots.whitening),
-    "synchronising": (synchronising, plots.synchronising),
-}
-TABLES: Mapping[str, Callable[[Data], str]] = {
-    "chain": _chain_table,
-    "before": before_table,
-    "whitening": _whitening_table,
-    "synchronising": synchronising_table,
-}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,16 @@
 """Compare the rounding error of the variance with other ways to compute it; print a table.
 
-python scripts/numerics.py          prints the table
-python scripts/numerics.py --write  also puts it into docs/numerics.md
+python -m scripts.bench.numerics          prints the table
+python -m scripts.bench.numerics --write  also puts it into docs/numerics.md
 """
 
 import argparse
 from collections.abc import Callable, Sequence
 
 import torch
-from document import write_table
 from torch import Tensor, nn
 
+from scripts.dev.document import write_table
 from syncbn.kernels.protocol import ReferenceKernels
 from syncbn.moments import Moments, from_summable, to_summable
 
@@ -125,7 +125,7 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if arguments.write:
-        write_table("numerics.md", "numerics.py", table)
+        write_table("numerics.md", "scripts.bench.numerics", table)
 
 
 if __name__ == "__main__":

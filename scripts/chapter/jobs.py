@@ -1,4 +1,4 @@
-"""No script: the experiments of why.py that train on several ranks.
+"""The experiments of the chapter that train on several ranks.
 
 Each job is one that `syncbn-train` would run, with the same files left behind; but the ranks of one
 job go on to the next, which spares their start.
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from chapter import mean_and_error
-from measure import table
 from scipy import stats
 from torch.multiprocessing.spawn import spawn
 
+from scripts.bench.measure import table
+from scripts.chapter.digits import mean_and_error
 from syncbn.errors import TrainingError
 from syncbn.train.config import compose_config
 from syncbn.train.loop import train
@@ -95,7 +95,7 @@ def _accuracy(run: Path) -> float:
     return json.loads(last)["test_accuracy"]
 
 
-def synchronising(directory: Path) -> Data:
+def synchronizing(directory: Path) -> Data:
     """Return accuracies with statistics of each rank and of all, for several batches and ranks.
 
     After one epoch, by the running averages (of rank 0, as DistributedDataParallel has it). Where
@@ -147,8 +147,8 @@ def _gains(rows: list[Data], t_95: float) -> list[Data]:
     return gains
 
 
-def synchronising_table(data: Data) -> str:
-    """Return the gains of `synchronising` in points; in bold, where 0 is outside the interval."""
+def synchronizing_table(data: Data) -> str:
+    """Return the gains of `synchronizing` in points; in bold, where 0 is outside the interval."""
     cells: dict[Any, Data] = {}
     for row in data["gains of sync over local"]:
         gain = f"{100 * row['gain']:+.1f} ± {100 * row['95 %']:.1f}".replace("-", "−")
@@ -170,7 +170,7 @@ def before(directory: Path) -> Data:
         for model, kind, rate in keys
         for seed in SEEDS_BEFORE
     ]
-    # What renormalising finds to undo where nothing is learned: each batch is another one.
+    # What renormalizing finds to undo where nothing is learned: each batch is another one.
     still = [
         [f"model={model}", "norm=renormalize", "optim.lr=1e-12", "launch.nproc=2", *jobs[0][-3:]]
         for model in MODELS
@@ -190,7 +190,7 @@ def before(directory: Path) -> Data:
 
 
 def _undone(run: Path) -> list[float]:
-    """Return the root mean square of ln σ over all units that renormalising undid, by step."""
+    """Return the root mean square of ln σ over all units that renormalizing undid, by step."""
     lines = (run / "steps.jsonl").read_text().splitlines()
     return [json.loads(line)["undone_log_scale"] for line in lines]
 

@@ -1,4 +1,4 @@
-"""No script: draws the figures of why.py from its data.
+"""The pictures of the chapter, drawn from the data of its experiments.
 
 Titles say what the figures show, and are computed from them, so that they stay true.
 """
@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from chapter import mean_and_error
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plots import BLUE, GREEN, GREY, ORANGE
+
+from scripts.chapter.digits import mean_and_error
+from scripts.dev.colors import BLUE, GRAY, GREEN, ORANGE
 
 STYLE: Any = {
     "axes.axisbelow": True,
@@ -36,13 +37,13 @@ def chain(data: Data) -> Figure:
     left, right = list(figure.subplots(1, 2))
     most = max(row["layers"] for row in data["rows"])
     deep = [row for row in data["rows"] if row["layers"] == most]
-    for row, colour in zip(deep, (GREY, GREEN, BLUE, ORANGE, "black"), strict=True):
+    for row, color in zip(deep, (GRAY, GREEN, BLUE, ORANGE, "black"), strict=True):
         sizes = [abs(term) for term in row["orders"][1:]]
         shown = [(order, size) for order, size in enumerate(sizes, 1) if size > 1e-300]
-        left.plot(*zip(*shown, strict=True), color=colour, label=f"w = {row['scale']}")
+        left.plot(*zip(*shown, strict=True), color=color, label=f"w = {row['scale']}")
         rows = [each for each in data["rows"] if each["scale"] == row["scale"]]
         ratios = [abs(each["actual"] / each["predicted"]) for each in rows]
-        right.plot([each["layers"] for each in rows], ratios, color=colour)
+        right.plot([each["layers"] for each in rows], ratios, color=color)
     left.set(xlabel="order k in ε", ylabel=f"|term of order k|, {most} layers", yscale="log")
     left.set_ylim(1e-60, 1e100)
     left.set_title("one step, term by term")
@@ -64,20 +65,20 @@ def rates(data: Data) -> Figure:
     panel = figure.subplots()
     good: dict[bool, list[set[float]]] = {True: [], False: []}
     scales = list(dict.fromkeys(row["scale"] for row in data["rows"]))
-    for normalised, colour in ((True, BLUE), (False, ORANGE)):
+    for normalized, color in ((True, BLUE), (False, ORANGE)):
         for scale, line in zip(scales, (":", "-", "--"), strict=True):
-            wanted = normalised, scale
-            rows = [row for row in data["rows"] if (row["normalised"], row["scale"]) == wanted]
+            wanted = normalized, scale
+            rows = [row for row in data["rows"] if (row["normalized"], row["scale"]) == wanted]
             middle = [min(max(median(row["losses"]), 1e-12), DIVERGED) for row in rows]
             places = [row["lr"] for row in rows]
-            label = f"{'with BN' if normalised else 'without'}, weights of about {scale}"
-            panel.plot(places, middle, line, color=colour, label=label)
+            label = f"{'with BN' if normalized else 'without'}, weights of about {scale}"
+            panel.plot(places, middle, line, color=color, label=label)
             found = zip(places, middle, strict=True)
-            good[normalised].append({rate for rate, loss in found if loss < 1e-2})
+            good[normalized].append({rate for rate, loss in found if loss < 1e-2})
     panel.set(xscale="log", yscale="log", xlabel="learning rate")
     panel.set_ylabel("loss after 300 steps, median of 5 seeds\n(1000: diverged; 1e-12 or less)")
     panel.legend(fontsize=7, loc="lower left")
-    with_bn, without = (set.intersection(*good[normalised]) for normalised in (True, False))
+    with_bn, without = (set.intersection(*good[normalized]) for normalized in (True, False))
     also = f"{min(without):.2g} to {max(without):.2g}" if without else "none"
     figure.suptitle(
         f"20 layers: with BN, rates from {min(with_bn):.2g} to {max(with_bn):.2g} work for all of "
@@ -90,15 +91,15 @@ def gradient(data: Data) -> Figure:
     """Draw how far a gradient moves the mean and the deviation of a unit on two ranks."""
     figure = Figure(figsize=(10, 4.2))
     left, right = list(figure.subplots(1, 2))
-    for name, colour in (("through μ and σ", BLUE), ("μ and σ as constants", ORANGE)):
+    for name, color in (("through μ and σ", BLUE), ("μ and σ as constants", ORANGE)):
         rows = [row for row in data["rows"] if row["gradient"] == name]
         steps = [row["step"] for row in rows]
         for panel, what in ((left, "mean"), (right, "deviation")):
-            panel.plot(steps, [row[what] for row in rows], color=colour, label=name)
+            panel.plot(steps, [row[what] for row in rows], color=color, label=name)
         for means in zip(*(row["means of the ranks"] for row in rows), strict=True):
-            left.plot(steps, means, ":", color=colour)
+            left.plot(steps, means, ":", color=color)
     for rank, mean in enumerate(data["rows"][0]["means of the ranks"]):
-        left.annotate(f"rank {rank}", (0, mean + 0.12), fontsize=8, color=GREY)
+        left.annotate(f"rank {rank}", (0, mean + 0.12), fontsize=8, color=GRAY)
     left.set(xlabel="step along the gradient", ylabel="mean of h\n(dotted: of one rank)")
     right.set(xlabel="step along the gradient", ylabel="standard deviation of h")
     right.set_ylim(0)
@@ -114,11 +115,11 @@ def delta(data: Data) -> Figure:
     figure = Figure(figsize=(8, 4.2))
     panel = figure.subplots()
     kinds = {"float32": (BLUE, "o"), "bfloat16": (ORANGE, "x"), "float16": (GREEN, "s")}
-    for dtype, (colour, marker) in kinds.items():
+    for dtype, (color, marker) in kinds.items():
         rows = [row for row in data["rows"] if row[dtype] < float("inf")]
         panel.plot(
             *([row[key] for row in rows] for key in ("eps", dtype)),
-            color=colour, marker=marker, label=dtype, linestyle="none", markerfacecolor="none",
+            color=color, marker=marker, label=dtype, linestyle="none", markerfacecolor="none",
         )  # fmt: skip
     lowest = min(row["eps"] for row in data["rows"] if row["float16"] < float("inf"))
     panel.axhline(65504, color=GREEN, linewidth=1, linestyle="--")
@@ -138,17 +139,17 @@ def mean(data: Data) -> Figure:
     figure = Figure(figsize=(12, 3.8))
     panels: list[Axes] = list(figure.subplots(1, len(places), sharey=True))
     for panel, rate in zip(panels, places, strict=True):
-        for normalised, colour in ((False, ORANGE), (True, BLUE)):
-            (row,) = [r for r in data["rows"] if (r["lr"], r["normalised"]) == (rate, normalised)]
+        for normalized, color in ((False, ORANGE), (True, BLUE)):
+            (row,) = [r for r in data["rows"] if (r["lr"], r["normalized"]) == (rate, normalized)]
             for number, means in enumerate(row["means"]):
-                label = "with BN" if normalised else "without, ten networks"
+                label = "with BN" if normalized else "without, ten networks"
                 panel.plot(
                     [max(abs(mean - 1), 1e-9) for mean in means],
-                    color=colour,
+                    color=color,
                     alpha=0.7,
                     label=None if number else label,
                 )
-        panel.axhline(0.01, color=GREY, linewidth=1, linestyle="--")
+        panel.axhline(0.01, color=GRAY, linewidth=1, linestyle="--")
         panel.set(xlabel="steps", yscale="log", ylim=(1e-5, 1e3), title=f"learning rate {rate}")
     panels[0].set_ylabel("|mean of the unit's output − 1|")
     panels[0].legend(loc="lower left")
@@ -160,7 +161,7 @@ def mean(data: Data) -> Figure:
 
 
 def translation(data: Data) -> Figure:
-    """Draw an image, moved among others, and what normalising makes of it."""
+    """Draw an image, moved among others, and what normalizing makes of it."""
     figure = Figure(figsize=(9, 3.9))
     panels: list[list[Axes]] = figure.subplots(2, len(data["images"])).tolist()
     for column, (name, pair) in enumerate(data["images"].items()):
@@ -187,8 +188,8 @@ def digits(data: Data) -> Figure:
     left.set_xticks(range(len(places)), ["before\nReLU", "after\nReLU", "no BN"])
     left.set_xlim(-0.5, len(places) - 0.5)
     left.set_ylabel("test accuracy / % (points: seeds, bar: mean)")
-    for (name, by_size), colour in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
-        style = {"color": colour, "label": f"statistics of the batch, {name}"}
+    for (name, by_size), color in zip(data["batch"].items(), (BLUE, ORANGE), strict=True):
+        style = {"color": color, "label": f"statistics of the batch, {name}"}
         _intervals(right, [int(size) for size in by_size], list(by_size.values()), 2, style)
     running, _ = mean_and_error(places["before"])
     right.axhline(100 * running, color=GREEN, linestyle="--", label="running averages, any batch")
@@ -204,29 +205,29 @@ def digits(data: Data) -> Figure:
 
 
 def before(data: Data) -> Figure:
-    """Draw accuracies of what came before BN, BN and whitening; and what renormalising undoes."""
+    """Draw accuracies of what came before BN, BN and whitening; and what renormalizing undoes."""
     models = list(dict.fromkeys(row["model"] for row in data["rows"]))
     kinds = list(dict.fromkeys(row["norm"] for row in data["rows"]))
     rates = list(dict.fromkeys(row["lr"] for row in data["rows"]))
     figure = Figure(figsize=(12, 4.4))
     *panels, last = list(figure.subplots(1, len(models) + 1))
-    colours = dict(zip(rates, (GREEN, BLUE, ORANGE), strict=True))
+    colors = dict(zip(rates, (GREEN, BLUE, ORANGE), strict=True))
     for panel, model in zip(panels, models, strict=True):
         for row in [row for row in data["rows"] if row["model"] == model]:
             place = kinds.index(row["norm"]) + 0.22 * (rates.index(row["lr"]) - 1)
             label = f"rate {row['lr']:g}" if row["norm"] == kinds[0] else None
-            _seeds(panel, place, row["accuracies"], {"color": colours[row["lr"]], "label": label})
+            _seeds(panel, place, row["accuracies"], {"color": colors[row["lr"]], "label": label})
         panel.set_xticks(range(len(kinds)), kinds, rotation=30)
         panel.set(title=f"model={model}", ylim=(0, 102))
         panel.legend(loc="lower right")
     panels[0].set_ylabel("test accuracy / % after 3 epochs\n(points: seeds, bar: mean)")
     for row in data["undone"]:
-        colour = (BLUE, ORANGE)[models.index(row["model"])]
+        color = (BLUE, ORANGE)[models.index(row["model"])]
         rate = f"rate {row['lr']:g}" if row["lr"] else "not learning"
         label = f"{row['model']}, {rate}"
-        last.plot(row["ln σ"][1:], "-" if row["lr"] else ":", color=colour, label=label)
+        last.plot(row["ln σ"][1:], "-" if row["lr"] else ":", color=color, label=label)
     last.set(yscale="log", xlabel="step", ylabel="change of ln σ, root mean square")
-    last.set_title("what renormalising undoes")
+    last.set_title("what renormalizing undoes")
     last.legend()
 
     def worst(norm: str) -> float:
@@ -248,8 +249,8 @@ def whitening(data: Data) -> Figure:
     panels: list[Axes] = list(figure.subplots(1, len(found), sharey=True))
     for panel, (ranks, rows) in zip(panels, found.items(), strict=True):
         channels = [row["C"] for row in rows]
-        for name, colour in zip(names, (BLUE, "black", ORANGE, GREEN, GREY), strict=True):
-            panel.plot(channels, [row[name] for row in rows], "o-", color=colour, label=name)
+        for name, color in zip(names, (BLUE, "black", ORANGE, GREEN, GRAY), strict=True):
+            panel.plot(channels, [row[name] for row in rows], "o-", color=color, label=name)
         _sizes(panel, channels)
         panel.set(yscale="log", xlabel="channels C", title=f"ranks: {ranks}")
         panel.legend()
@@ -264,23 +265,23 @@ def whitening(data: Data) -> Figure:
     return figure
 
 
-def synchronising(data: Data) -> Figure:
+def synchronizing(data: Data) -> Figure:
     """Draw accuracies with statistics of each rank and of all, over the batch of a rank."""
     worlds = [(1, "mixed"), (2, "mixed"), (4, "mixed"), (2, "by_class"), (4, "by_class")]
     figure = Figure(figsize=(15, 4.4))
     panels: list[Axes] = list(figure.subplots(1, len(worlds), sharey=True))
     for panel, (ranks, share) in zip(panels, worlds, strict=True):
-        for norm, colour, shift in (("local", ORANGE, 0.96), ("sync", BLUE, 1.04)):
+        for norm, color, shift in (("local", ORANGE, 0.96), ("sync", BLUE, 1.04)):
             wanted = ranks, share, norm
             found = [r for r in data["rows"] if (r["ranks"], r["shares"], r["norm"]) == wanted]
             places = [row["batch"] * shift for row in found]
             averages = [row["running averages"] for row in found]
-            _intervals(panel, places, averages, data["t"], {"color": colour, "label": norm})
+            _intervals(panel, places, averages, data["t"], {"color": color, "label": norm})
             again = [
                 100 * mean_and_error(r["recalibrated"])[0] for r in found if "recalibrated" in r
             ]
             if again:
-                panel.plot(places, again, ":", color=colour, label=f"{norm}, recalibrated")
+                panel.plot(places, again, ":", color=color, label=f"{norm}, recalibrated")
         _sizes(panel, [row["batch"] for row in data["rows"] if row["ranks"] == 1])
         plural = "s" if ranks > 1 else ""
         panel.set(title=f"{ranks} rank{plural}, data.shares={share}", xlabel="batch of a rank")
@@ -293,7 +294,7 @@ def synchronising(data: Data) -> Figure:
         if (row["shares"], row["statistics"]) == ("by_class", "running averages")
     ]
     figure.suptitle(
-        f"What synchronising gains where ranks have classes of their own, over all batches: "
+        f"What synchronizing gains where ranks have classes of their own, over all batches: "
         f"{', '.join(parts)} (95 %)".replace("-", "−")
     )
     return figure

@@ -1,0 +1,1 @@
+"""The layer and its parts, measured beside torch's unsynchronized layer."""

@@ -1,0 +1,1 @@
+"""The service beside LitServe, BentoML, MLServer and plain FastAPI, on loopback."""

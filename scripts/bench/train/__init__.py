@@ -1,0 +1,1 @@
+"""Training, timed: its step, its loop beside others, and what goes before the first step."""
