@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.dev.document import write_table
-from syncbn.kernels.protocol import ReferenceKernels
+from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments, from_summable, to_summable
 
 WORLD_SIZE = 4

@@ -28,7 +28,9 @@ DRIVER = REPOSITORY / "tests" / "support" / "race.cpp"
 SANITIZED = [*FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]  # the last -O counts
 SUITES = [
     *("tests/contracts/test_kernels.py", "tests/contracts/test_reducers.py"),
-    *("tests/syncbn/kernels/test_native.py", "tests/syncbn/ops/test_native.py"),
+    *("tests/syncbn/kernels/test_native.py", "tests/syncbn/ops/test_batch_norm.py"),
+    *("tests/syncbn/test_moments.py", "tests/syncbn/comm/test_fingerprint.py"),
+    "tests/syncbn/layers/test_residual_and_relu.py",
 ]
 REPORTS = ("Sanitizer", "runtime error:")
 # Loads the library as the tests will, and fails where it is another one, or none.
@@ -71,7 +73,8 @@ def check_thread(directory: Path) -> str:
     library, program = directory / "libsyncbn.so", directory / "race"
     flags = [*SANITIZED, "-fsanitize=thread"]
     compile_library(library, "g++", flags)
-    _run(["g++", *flags, str(DRIVER), str(library), f"-Wl,-rpath,{directory}", "-o", str(program)])
+    linked = [f"-I{HERE}", str(DRIVER), str(library), f"-Wl,-rpath,{directory}"]
+    _run(["g++", *flags, *linked, "-o", str(program)])
     _run([str(program), "3000"], TSAN_OPTIONS="halt_on_error=1")
     return "clean"
 
@@ -85,7 +88,7 @@ def check_arm64(directory: Path) -> str:
     program = directory / "race"
     sources = [str(source) for source in (*sorted(HERE.glob("*.cpp")), DRIVER)]
     # Static, so that qemu needs no arm64 libraries. arm64 has one level of instructions.
-    flags = [*FLAGS, "-Werror", "-static", "-DSYNCBN_LEVEL=kBaseline"]
+    flags = [*FLAGS, "-Werror", "-static", "-DSYNCBN_LEVEL=kBaseline", f"-I{HERE}"]
     _run([cxx, *flags, *sources, "-o", str(program)])
     _run([qemu, str(program), "300"])
     return "clean"

@@ -205,13 +205,17 @@ class Exchange:
         """
         if self.world_size == 1 or torch.compiler.is_compiling():
             return
-        if _debug_timeout_s() is None:
-            size = size or 2 * self.channels + 1
-            self.reducer.sum(torch.full((size,), torch.nan, dtype=torch.float64, device=device))
-            if device.type != "cpu":
-                return
-        with suppress(ReplicaError):  # as expected; the caller raises what is wrong here
-            self._require_agreement(f"{self._position('forward')} and refuses its input: {reason}")
+        # The sum fails where the size is wrong, as that of an output without channels; the
+        # agreement always does. The caller raises what is wrong here.
+        with suppress(RuntimeError):
+            if _debug_timeout_s() is None:
+                size = size or 2 * self.channels + 1
+                invalid = torch.full((size,), torch.nan, dtype=torch.float64, device=device)
+                self.reducer.sum(invalid)
+                if device.type != "cpu":
+                    return
+            refusal = f"{self._position('forward')} and refuses its input: {reason}"
+            self._require_agreement(refusal)
 
     def require_two_values(self, count: Tensor, local_count: int) -> None:
         """Raise, on every rank, if all replicas together hold one value per channel.

@@ -17,34 +17,7 @@
 #include <thread>
 #include <vector>
 
-extern "C" {
-int32_t syncbn_limit_level(int32_t level);
-void syncbn_local_moments(int32_t dtype, const void* x, int64_t n, int64_t c, int64_t s,
-                          int32_t channels_last, int32_t threads, double* mean, double* m2);
-void syncbn_normalize(int32_t dtype, const void* x, const void* residual, void* y, int64_t n,
-                      int64_t c, int64_t s, int32_t channels_last, int32_t threads,
-                      const double* mean, const double* invstd, const void* weight,
-                      const void* bias, int32_t in_float64, int32_t relu);
-void syncbn_backward_reduce(int32_t dtype, const void* dy, const void* x, int64_t n, int64_t c,
-                            int64_t s, int32_t channels_last, int32_t threads, const double* mean,
-                            const double* invstd, const void* weight, const void* bias,
-                            int32_t in_float64, int32_t relu, double* sum_dy, double* sum_dy_xhat,
-                            float* rounded_dy, float* rounded_dy_xhat);
-void syncbn_backward_input(int32_t dtype, const void* dy, const void* x, void* dx, int64_t n,
-                           int64_t c, int64_t s, int32_t channels_last, int32_t threads,
-                           const double* mean, const double* invstd, const void* weight,
-                           const void* bias, int32_t in_float64, int32_t relu,
-                           const double* sum_dy, const double* sum_dy_xhat, double count);
-int64_t syncbn_channel_size(int32_t world, int64_t capacity);
-int32_t syncbn_channel_collect(void* base, int32_t world, int64_t capacity, int32_t me,
-                               uint32_t round, double* sum, int64_t n, int64_t whole,
-                               int32_t spins, int64_t timeout_us);
-int32_t syncbn_channel_sum(void* base, int32_t world, int64_t capacity, int32_t me, uint32_t round,
-                           const double* values, double* sum, int64_t n, int64_t whole,
-                           int32_t spins, int64_t timeout_us);
-void syncbn_channel_give_up(void* base, int32_t world, int64_t capacity, int32_t me);
-int32_t syncbn_channel_gave_up(void* base, int32_t world, int64_t capacity, int32_t r);
-}
+#include "syncbn.h"
 
 namespace {
 
@@ -66,18 +39,21 @@ constexpr int32_t kWorld = 4;
 constexpr int64_t kCapacity = 67;
 
 // Memory as ranks have it: mapped, all zero.
-void* new_channel() {
+void* new_memory() {
   const auto size = static_cast<size_t>(syncbn_channel_size(kWorld, kCapacity));
   void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   require(base != MAP_FAILED, "mmap failed");
   return base;
 }
 
+syncbn_channel channel_of(void* base, int32_t rank) { return {base, kCapacity, kWorld, rank}; }
+
 // In steps of one, slots in turns, as Python counts; but numbers start again at 0 on the way, which
 // they do not reach in a test's time unless the first two steps are big ones.
 uint32_t number(int i) { return i == 0 ? 0x7fffffffu : 0xffffffefu + static_cast<uint32_t>(i); }
 
 void be_rank(void* base, int32_t me, int rounds, int32_t spins) {
+  const syncbn_channel channel = channel_of(base, me);
   Random random(static_cast<uint32_t>(me));
   std::vector<double> values(kCapacity), sum(kCapacity);
   for (int i = 0; i < rounds; ++i) {
@@ -89,11 +65,10 @@ void be_rank(void* base, int32_t me, int rounds, int32_t spins) {
     if (chance < 8) std::this_thread::yield();
     // Some time-outs are over before the others come.
     const int64_t timeout_us = chance % 2 ? 50 : 50000;
-    int32_t state = syncbn_channel_sum(base, kWorld, kCapacity, me, number(i), values.data(),
-                                       sum.data(), n, whole, spins, timeout_us);
+    int32_t state = syncbn_channel_sum(&channel, number(i), values.data(), sum.data(), n, whole,
+                                       spins, timeout_us);
     while (state >= 0)
-      state = syncbn_channel_collect(base, kWorld, kCapacity, me, number(i), sum.data(), n, whole,
-                                     spins, timeout_us);
+      state = syncbn_channel_collect(&channel, number(i), sum.data(), n, whole, spins, timeout_us);
     require(state == -1, "state of a round", state, -1);
     for (int64_t j = 0; j < n; ++j) {
       const double expected = static_cast<double>(kWorld * (kWorld + 1) / 2 * (i + j));
@@ -105,7 +80,7 @@ void be_rank(void* base, int32_t me, int rounds, int32_t spins) {
 void check_channels(int rounds) {
   std::vector<std::thread> ranks;
   for (int32_t spins : {0, 1000}) {  // at once, a channel each
-    void* base = new_channel();
+    void* base = new_memory();
     for (int32_t r = 0; r < kWorld; ++r) ranks.emplace_back(be_rank, base, r, rounds, spins);
   }
   for (std::thread& rank : ranks) rank.join();
@@ -114,22 +89,23 @@ void check_channels(int rounds) {
 // The others must see it, whether they sleep already or come later.
 void check_giving_up(int times) {
   for (int i = 0; i < times; ++i) {
-    void* base = new_channel();
+    void* base = new_memory();
     std::vector<std::thread> ranks;
     for (int32_t r = 1; r < kWorld; ++r)
       ranks.emplace_back([=] {
+        const syncbn_channel channel = channel_of(base, r);
         const double value = 1.0;
         double sum;
-        int32_t state = syncbn_channel_sum(base, kWorld, kCapacity, r, 1, &value, &sum, 1, 1,
-                                           i % 2 * 1000, 10000);
-        while (!syncbn_channel_gave_up(base, kWorld, kCapacity, 0)) {
+        int32_t state = syncbn_channel_sum(&channel, 1, &value, &sum, 1, 1, i % 2 * 1000, 10000);
+        while (!syncbn_channel_gave_up(&channel, 0)) {
           require(state == 0, "the rank that is missing", state, 0);
-          state = syncbn_channel_collect(base, kWorld, kCapacity, r, 1, &sum, 1, 1, 0, 10000);
+          state = syncbn_channel_collect(&channel, 1, &sum, 1, 1, 0, 10000);
         }
-        require(!syncbn_channel_gave_up(base, kWorld, kCapacity, r), "one that did not give up");
+        require(!syncbn_channel_gave_up(&channel, r), "one that did not give up");
       });
     std::this_thread::sleep_for(std::chrono::microseconds(i % 10 * 100));
-    syncbn_channel_give_up(base, kWorld, kCapacity, 0);
+    const syncbn_channel channel = channel_of(base, 0);
+    syncbn_channel_give_up(&channel);
     for (std::thread& rank : ranks) rank.join();
   }
 }
@@ -190,14 +166,14 @@ struct Tensor {
   }
 };
 
+// Vectors of first one value for each channel, then another.
 struct Results {
-  Values mean, m2, sum_dy, sum_dy_xhat;
-  std::vector<float> rounded_dy, rounded_dy_xhat;
+  Values moments, sums;
+  std::vector<float> rounded;
   Bytes y, dx;
 
   bool operator==(const Results& o) const {
-    return mean == o.mean && m2 == o.m2 && sum_dy == o.sum_dy && sum_dy_xhat == o.sum_dy_xhat &&
-           rounded_dy == o.rounded_dy && rounded_dy_xhat == o.rounded_dy_xhat && y == o.y &&
+    return moments == o.moments && sums == o.sums && rounded == o.rounded && y == o.y &&
            dx == o.dx;
   }
 };
@@ -207,16 +183,17 @@ struct Case {
   int64_t n, c, s;
   bool channels_last, relu, fused;  // with weight, bias and residual
   Tensor x, dy, residual;
-  Values mean, invstd;
+  Values statistics;
   std::vector<float> weight, bias;
 
   Case(DType dtype, int64_t n, int64_t c, int64_t s, bool channels_last, bool relu, bool fused)
       : dtype(dtype), n(n), c(c), s(s), channels_last(channels_last), relu(relu), fused(fused),
-        x(dtype, n * c * s), dy(x), residual(x), mean(c), invstd(c), weight(c), bias(c) {
+        x(dtype, n * c * s), dy(x), residual(x), statistics(2 * c + 1), weight(c), bias(c) {
     Random random(static_cast<uint32_t>(dtype));
+    statistics[0] = static_cast<double>(n * s);
     for (int64_t j = 0; j < c; ++j) {
-      mean[j] = uniform(random, -1, 1);
-      invstd[j] = uniform(random, 0.5, 2);
+      statistics[1 + j] = uniform(random, -1, 1);
+      statistics[1 + c + j] = uniform(random, 0.5, 2);
       weight[j] = static_cast<float>(uniform(random, -2, 2));
       bias[j] = static_cast<float>(uniform(random, -1, 1));
     }
@@ -230,7 +207,9 @@ struct Case {
   }
 
   int64_t channel(int64_t i) const { return channels_last ? i % c : i / s % c; }
-  double xhat(int64_t i) const { return (x[i] - mean[channel(i)]) * invstd[channel(i)]; }
+  double mean(int64_t j) const { return statistics[1 + j]; }
+  double invstd(int64_t j) const { return statistics[1 + c + j]; }
+  double xhat(int64_t i) const { return (x[i] - mean(channel(i))) * invstd(channel(i)); }
   double weight_at(int64_t j) const { return fused ? static_cast<double>(weight[j]) : 1.0; }
   double bias_at(int64_t j) const { return fused ? static_cast<double>(bias[j]) : 0.0; }
   double affine(int64_t i) const {
@@ -239,25 +218,15 @@ struct Case {
   double gated(int64_t i) const { return relu && affine(i) < 0 ? 0.0 : dy[i]; }
 
   Results compute(int32_t threads) const {
-    Results to{Values(c),
-               Values(c),
-               Values(c),
-               Values(c),
-               std::vector<float>(c),
-               std::vector<float>(c),
-               Bytes(x.bytes.size()),
+    Results to{Values(2 * c + 1), Values(2 * c), std::vector<float>(2 * c), Bytes(x.bytes.size()),
                Bytes(x.bytes.size())};
-    const void *w = fused ? weight.data() : nullptr, *b = fused ? bias.data() : nullptr;
-    syncbn_local_moments(dtype, x.data(), n, c, s, channels_last, threads, to.mean.data(),
-                         to.m2.data());
-    syncbn_normalize(dtype, x.data(), fused ? residual.data() : nullptr, to.y.data(), n, c, s,
-                     channels_last, threads, mean.data(), invstd.data(), w, b, 0, relu);
-    syncbn_backward_reduce(dtype, dy.data(), x.data(), n, c, s, channels_last, threads,
-                           mean.data(), invstd.data(), w, b, 0, relu, to.sum_dy.data(),
-                           to.sum_dy_xhat.data(), to.rounded_dy.data(), to.rounded_dy_xhat.data());
-    syncbn_backward_input(dtype, dy.data(), x.data(), to.dx.data(), n, c, s, channels_last,
-                          threads, mean.data(), invstd.data(), w, b, 0, relu, to.sum_dy.data(),
-                          to.sum_dy_xhat.data(), static_cast<double>(n * s));
+    const syncbn_layout layout{n, c, s, dtype, channels_last, threads};
+    const syncbn_normalization by{statistics.data(), fused ? weight.data() : nullptr,
+                                  fused ? bias.data() : nullptr, 0, relu};
+    syncbn_local_moments(&layout, x.data(), to.moments.data());
+    syncbn_normalize(&layout, x.data(), fused ? residual.data() : nullptr, &by, to.y.data());
+    syncbn_backward_reduce(&layout, dy.data(), x.data(), &by, to.sums.data(), to.rounded.data());
+    syncbn_backward_input(&layout, dy.data(), x.data(), &by, to.sums.data(), to.dx.data());
     return to;
   }
 
@@ -275,13 +244,14 @@ struct Case {
     }
     // Values are below 4 and x̂ below 10, so that these are generous roundings of float32's.
     const double sums = 1e-6 * count;
+    near("count", got.moments[0], count, 0);
     for (int64_t j = 0; j < c; ++j) {
-      near("mean", got.mean[j], m[j], 1e-6);
-      near("m2", got.m2[j], m2[j], sums);
-      near("Σdy", got.sum_dy[j], sum_dy[j], sums);
-      near("Σdy·x̂", got.sum_dy_xhat[j], sum_dy_xhat[j], 10 * sums);
-      near("Σdy in float32", static_cast<double>(got.rounded_dy[j]), sum_dy[j], sums);
-      near("Σdy·x̂ in float32", static_cast<double>(got.rounded_dy_xhat[j]), sum_dy_xhat[j],
+      near("mean", got.moments[1 + j], m[j], 1e-6);
+      near("m2", got.moments[1 + c + j], m2[j], sums);
+      near("Σdy", got.sums[j], sum_dy[j], sums);
+      near("Σdy·x̂", got.sums[c + j], sum_dy_xhat[j], 10 * sums);
+      near("Σdy in float32", static_cast<double>(got.rounded[j]), sum_dy[j], sums);
+      near("Σdy·x̂ in float32", static_cast<double>(got.rounded[c + j]), sum_dy_xhat[j],
            10 * sums);
     }
     Tensor y(x), dx(x);
@@ -292,7 +262,7 @@ struct Case {
       double expected = affine(i) + (fused ? residual[i] : 0.0);
       if (relu && expected < 0) expected = 0.0;
       near("y", y[i], expected, 1e-5 + epsilon(dtype) * std::abs(expected));
-      expected = weight_at(j) * invstd[j] *
+      expected = weight_at(j) * invstd(j) *
                  (gated(i) - sum_dy[j] / count - xhat(i) * sum_dy_xhat[j] / count);
       near("dx", dx[i], expected, 1e-5 + epsilon(dtype) * std::abs(expected));
     }
@@ -314,9 +284,10 @@ void check_every_half() {
       const uint16_t bits = static_cast<uint16_t>(i);
       std::memcpy(x.bytes.data() + 2 * i, &bits, 2);
     }
-    const double zero = 0.0, one = 1.0;
-    syncbn_normalize(dtype, x.data(), nullptr, y.bytes.data(), 1, 1, 65536, 0, 1, &zero, &one,
-                     nullptr, nullptr, 0, 0);
+    const double statistics[3] = {65536.0, 0.0, 1.0};
+    const syncbn_layout layout{1, 1, 65536, dtype, 0, 1};
+    const syncbn_normalization by{statistics, nullptr, nullptr, 0, 0};
+    syncbn_normalize(&layout, x.data(), nullptr, &by, y.bytes.data());
     for (int64_t i = 0; i < 65536; ++i)
       require(y[i] == x[i] || (std::isnan(y[i]) && std::isnan(x[i])), "value read and written",
               y[i], x[i]);

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from scripts.bench.layer.cases import inputs
 from scripts.bench.measure import Rows, progress, take_turns
-from syncbn.kernels.protocol import Kernels, NativeKernels, ReferenceKernels
+from syncbn.kernels.native import NativeKernels
+from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.reference import ReferenceKernels
 
 
 def bench_kernels(turns: int) -> Rows:
@@ -22,19 +24,17 @@ def bench_kernels(turns: int) -> Rows:
 
 def _kernel_fractions(x: Tensor, dy: Tensor, turns: int) -> dict[str, float]:
     y, weight, bias = torch.empty_like(x), torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-    mean = torch.zeros(x.shape[1], dtype=torch.float64)
-    invstd = torch.ones_like(mean)
+    statistics = torch.ones(2 * x.shape[1] + 1, dtype=torch.float64)
+    norm, sums = Normalization(statistics, weight, bias), torch.zeros_like(statistics[1:])
     # What a kernel must read and write at least, in tensors of x's size.
     tensors = {"moments": 1, "normalize": 2, "reduce": 2, "input": 3}
 
     def works(name: str, kernels: Kernels) -> dict[str, Callable[[], Any]]:
         return {
             f"{name} moments": lambda: kernels.local_moments(x),
-            f"{name} normalize": lambda: kernels.normalize(x, mean, invstd, weight, bias),
-            f"{name} reduce": lambda: kernels.backward_reduce(dy, x, mean, invstd),
-            f"{name} input": lambda: kernels.backward_input(
-                dy, x, mean, invstd, weight, mean, mean
-            ),
+            f"{name} normalize": lambda: kernels.normalize(x, norm),
+            f"{name} reduce": lambda: kernels.backward_reduce(dy, x, norm),
+            f"{name} input": lambda: kernels.backward_input(dy, x, norm, sums),
         }
 
     taken = take_turns(

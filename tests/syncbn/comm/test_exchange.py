@@ -11,12 +11,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import syncbn
-from syncbn.comm.exchange import DEBUG_VARIABLE
+from syncbn import _native
+from syncbn.comm.exchange import DEBUG_VARIABLE, _move  # pyright: ignore[reportPrivateUsage] -- both of its versions are compared
 from syncbn.errors import InputError, ReplicaError
-from syncbn.moments import COUNT_LIMIT, add_fingerprint
 from tests.support.world import WorldError, run_world
 
 CHANNELS = 4
@@ -59,53 +59,30 @@ def test_variance_is_exact_far_from_zero_once_a_batch_was_seen(mean: float, std:
         assert max(warm) < 1e-6
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7, 64])
-def test_fingerprints_of_equal_shifts_cancel_and_of_others_do_not(world_size: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shift = torch.randn(CHANNELS, dtype=torch.float64, generator=generator)
-    vector = torch.ones(2 * CHANNELS + 1, dtype=torch.float64)
-    noticed = 0
-    trials = 100
-    for trial in range(trials):
-        other = shift.clone()
-        other[trial % CHANNELS] = math.nextafter(float(other[trial % CHANNELS]), math.inf) + trial
-        counts = [0.0, 0.0]
-        for rank in torch.randperm(world_size, generator=generator).tolist():
-            for case, odd in enumerate((shift, other)):
-                mine = odd if rank == trial % world_size else shift
-                counts[case] += float(add_fingerprint(vector, mine, rank, world_size)[0])
-        assert counts[0] == world_size
-        noticed += not 0 <= counts[1] < COUNT_LIMIT
-    missed = 2.0 ** -(13 - (world_size - 1).bit_length())
-    assert noticed >= trials * (1 - missed) - 4 * math.sqrt(trials * missed)
+NAN, INF = math.nan, math.inf
+SUMS = {
+    "a batch": [4.0, 8, -2, 1, 9, 9, 9],
+    "nothing": [0.0, 0, 0, 0, 0, 0, 0],
+    "no count": [NAN, 8, -2, 1, 9, 9, 9],
+    "some channels not finite": [4.0, NAN, INF, -1, 9, 9, 9],
+}
 
 
-def test_fingerprints_tell_the_order_of_channels_and_an_even_number_of_signs() -> None:
-    shift = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64)
-    vector = torch.ones(9, dtype=torch.float64)
-    others = ([-1.0, -2, 3, 4], [2.0, 1, 3, 4], [4.0, 3, 2, 1], [-1.0, -2, -3, -4])
-    for other in others:
-        mine, theirs = (
-            add_fingerprint(vector, each, rank, 2)[0]
-            for rank, each in enumerate((shift, torch.tensor(other, dtype=torch.float64)))
-        )
-        assert not 0 <= float(mine + theirs) < COUNT_LIMIT
-
-
-def _shift_of_one_rank_lost() -> None:
-    model = _Net()
-    model.first(_batch())
-    if dist.get_rank() == 1:
-        model.first._memory.shift.zero_()  # pyright: ignore[reportPrivateUsage] -- as if reloaded
-    y = model.first(_batch() + 3)
-    whole = torch.cat([_batch(rank=rank) for rank in range(2)])
-    truth = nn.BatchNorm1d(CHANNELS)(whole + 3).chunk(2)[dist.get_rank()]
-    torch.testing.assert_close(y, truth)
-    model.first(_batch())
-
-
-def test_lost_shift_of_one_rank_costs_a_message_and_no_error() -> None:
-    run_world(2, _shift_of_one_rank_lost)
+@pytest.mark.parametrize("about_shift", [True, False])
+@pytest.mark.parametrize("total", SUMS.values(), ids=SUMS)
+def test_shift_moves_to_the_mean_if_that_is_finite(
+    total: list[float], about_shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, count = [0.1, 0.2, 0.3], total[0]
+    shifts: list[Tensor] = []
+    for library in (_native.library, None):
+        monkeypatch.setattr(_native, "library", library)
+        shifts.append(torch.tensor(before, dtype=torch.float64))
+        _move(shifts[-1], torch.tensor(total, dtype=torch.float64), about_shift)
+    assert torch.equal(*shifts)
+    for moved, old, first in zip(shifts[0].tolist(), before, total[1:4], strict=True):
+        known = count > 0 and math.isfinite(first)
+        assert moved == (first / count + (old if about_shift else 0) if known else old)
 
 
 def _nan_then_well() -> None:

@@ -420,36 +420,6 @@ def test_sums_about_the_running_mean_do_not_cancel_far_from_zero() -> None:
     assert (warm - x.grad).abs().max() < 1e-8 * size
 
 
-def _one_reloaded() -> list[Tensor]:
-    case = Case(((9, 6), (12, 6)))
-    layer = _layer({}, torch.float64)
-    x, dy = case.share(dist.get_rank(), 0)
-    layer(x)
-    if dist.get_rank() == 1:
-        layer = _layer({}, torch.float64)  # as if it was loaded anew
-    x.requires_grad_()
-    with recorded_all_reduces() as sent:
-        y = layer(x)
-        again = layer(x)
-    assert len(sent) == 3  # once more for the first, and all is as it was
-    torch.testing.assert_close(again, y)
-    y.backward(dy)
-    assert x.grad is not None
-    return [y.detach(), x.grad]
-
-
-def test_replicas_that_sum_about_other_means_agree_after_one_more_sum() -> None:
-    case = Case(((9, 6), (12, 6)))
-    x, dy = (
-        torch.cat(each) for each in zip(*[case.share(rank, 0) for rank in range(2)], strict=True)
-    )
-    y = _layer({}, torch.float64)(x.requires_grad_())
-    y.backward(dy)
-    ours = [torch.cat(each) for each in zip(*run_world(2, _one_reloaded), strict=True)]
-    torch.testing.assert_close(ours[0], y.detach())
-    torch.testing.assert_close(ours[1], x.grad)
-
-
 def _distant(distance: float, group_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 400, 8, generator=generator).double()
@@ -648,20 +618,6 @@ def test_single_value_of_all_ranks_is_refused_on_all() -> None:
     texts = run_world(2, _single)
     assert texts[0] == texts[1]
     assert texts[0].startswith("expected more than 1 value per channel over all replicas")
-
-
-def _one_rank_is_wrong() -> str:
-    wrong = dist.get_rank() == 1
-    model = nn.Sequential(_layer({}, torch.float32))
-    with pytest.raises(InputError if wrong else ReplicaError) as caught:
-        model(torch.zeros(4, 5 if wrong else 6))
-    return str(caught.value)
-
-
-def test_input_that_one_rank_refuses_is_an_error_on_all() -> None:
-    other, wrong = run_world(2, _one_rank_is_wrong)
-    assert wrong == "expected an input of shape (N, 6, *), got (4, 5)"
-    assert "refuses its input: expected an input of shape (N, 6, *), got (4, 5)" in other
 
 
 @pytest.mark.parametrize(
