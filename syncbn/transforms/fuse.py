@@ -1,28 +1,23 @@
 """Batch normalization that takes the addition and the ReLU after it along, for training."""
 
 import operator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
-from syncbn.layers.batch_norm import BatchNorm, SyncBatchNorm
-from syncbn.transforms.tracing import (
-    ADVICE,
-    KeptError,
-    Tracer,
-    copy_of,
-    is_plain,
-    norms,
-    parameters_of,
-    untraceable,
-)
+from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.transforms.forward_graph import IN_PLACE, LISTS, ForwardGraph, forward_graphs
+from syncbn.transforms.fused_module import give_forward, normalized, variant
+from syncbn.transforms.tracing import KeptError, copy_of, is_plain, norms
+from syncbn.transforms.writes import may_write
 
 _RELUS = ("relu", "relu_", torch.relu, torch.relu_, functional.relu, functional.relu_)
-_ADDITIONS = ("add", "add_", operator.add, operator.iadd, torch.add)
-_IN_PLACE_ADDITIONS = ("add_", operator.iadd)
+_IN_PLACE_ADDITIONS = ("add_", IN_PLACE["iadd"])
+_ADDITIONS = ("add", operator.add, torch.add, *_IN_PLACE_ADDITIONS)
 # What gives numbers and no tensors, which a normalization could not add.
 _NUMBERS = ("size", "dim", "numel", "item", getattr, len)
 
@@ -44,26 +39,37 @@ class Fusion:
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Return a copy whose synchronised normalizations take the ReLU, or residual and ReLU, along.
+    """Return a copy whose synchronized normalizations take the ReLU, or residual and ReLU, along.
 
-    relu(bn(x)) becomes `bn(x)`, relu(bn(x) + residual) becomes `bn(x, residual)`, and so does
-    bn(x) + residual: one pass over memory instead of two or three, and with a ReLU alone one tensor
-    less that is kept for the backward pass. Results and gradients are those of before, up to the
-    rounding of bn(x) to a half-precision dtype, which is left out. The names of parameters and
-    buffers, and so the state dict, stay.
+    In training, relu(bn(x)) is computed as `bn(x)` with a ReLU, and relu(bn(x) + residual) or
+    bn(x) + residual as `bn(x, residual)`: one pass over memory instead of two or three, and with a
+    ReLU alone one tensor less that is kept for the backward pass. Results and gradients are those
+    of before, up to the rounding of bn(x) to a half-precision dtype, which is left out.
 
-    The copy is a `torch.fx.GraphModule`: the calls that the forward makes, without the Python
-    around them. So the whole model is left as it is, and every normalization kept, where that would
-    not do: its forward takes another way in training than in evaluation, has optional arguments,
-    depends on values, or stores what it computes. Parts that it only calls can be fused on their
-    own: `model.backbone = fuse(model.backbone).model`
+    The copy has all that the model has: submodules and methods, used or not, parameters, buffers,
+    the state dict and their order, and hooks. Only the class of each module whose forward calls a
+    fused normalization is replaced, by a subclass with another forward, which runs what `torch.fx`
+    traced of the original one. It runs the original forward itself
+
+    - in evaluation mode,
+    - for arguments that are neither all tensors nor all lists,
+    - and whenever something differs from when it was traced: a fused module, a module that it
+      calls, or an attribute that it reads has been replaced, a normalization or ReLU that it fuses
+      has been given hooks, been frozen, or been reverted, or hooks for all modules are registered.
+
+    So the normalizations remain what they are for everyone else who calls them. Do not train one
+    copy in several threads at once: a layer has its ReLU only during such a call.
 
     A normalization is kept, and the reason told, unless it is a `SyncBatchNorm` (see
-    `convert_sync_batchnorm`) that is called once, whose output goes into a ReLU or addition and
-    nowhere else, and neither has hooks; and unless nothing is changed in place in between.
+    `convert_sync_batchnorm`) that a forward calls once, whose output goes into a ReLU or addition
+    and nowhere else, and neither has hooks; unless what is added to it exists before it and is
+    certain not to be changed in between; and unless the forward is certain to do nothing but its
+    calls: it has no optional arguments, depends on no values, sets no attributes, and uses no
+    globals but functions and classes. A submodule is taken not to return None.
 
-    Make the optimizer, and DistributedDataParallel, of the copy. Does not communicate: on several
-    replicas, call it on each.
+    A pickled copy is loaded as the model was before; fuse it again. A deep copy is fused. Make the
+    optimizer, and DistributedDataParallel, of the copy. Does not communicate, and leaves the order
+    of reductions as it is: replicas need not fuse the same.
 
     Args:
         model: any module, in any mode; left unchanged.
@@ -71,100 +77,167 @@ def fuse(model: nn.Module) -> Fusion:
     Returns:
         The copy, and which normalizations take what along. Without any it is a plain copy.
     """
-    fused = copy_of(model)
-    try:
-        graph = _graph(fused)
-    except KeptError as error:
-        return Fusion(copy_of(model), {}, dict.fromkeys(norms(model), str(error)))
+    copied = copy_of(model)
+    names = {id(copied.get_submodule(name)): name for name in norms(copied)}
+    kept = dict.fromkeys(names.values(), "no forward calls it")
+    own_reasons: dict[str, str] = {}
     taken: dict[str, str] = {}
-    kept = dict.fromkeys(norms(model), "the forward never calls it")
-    for node in list(graph.nodes):
-        if node.op != "call_module" or node.target not in kept:
+    forwards: list[_Forward] = []
+    for module in copied.modules():  # from the outside to the inside
+        within = [names[id(each)] for each in module.modules() if id(each) in names]
+        if not within or not _has_forward(module):
             continue
-        name = str(node.target)
         try:
-            taken[name] = _fuse_one(fused, graph, node)
-            del kept[name]
+            forward = _Forward(module)
         except KeptError as error:
-            kept[name] = str(error)
-    if not taken:
-        return Fusion(copy_of(model), {}, kept)
-    graph.lint()
-    # Named as the model's class, for whoever prints it.
-    return Fusion(fx.GraphModule(fused, graph, type(model).__name__), taken, kept)
+            kept.update(dict.fromkeys(within, str(error)))
+            continue
+        forwards.append(forward)
+        own_reasons |= {names[each]: reason for each, reason in forward.kept.items()}
+    # From the inside to the outside, because a forward compares the classes of what it calls.
+    for forward in reversed(forwards):
+        try:
+            forward.replace()
+            taken |= {names[each]: what for each, what in forward.fused.items()}
+        except KeptError as error:
+            own_reasons |= {names[each]: str(error) for each in forward.fused}
+    kept = {name: own_reasons.get(name, reason) for name, reason in kept.items()}
+    fused = {name: taken[name] for name in kept if name in taken}
+    return Fusion(copied, fused, {n: reason for n, reason in kept.items() if n not in taken})
 
 
-def _graph(model: nn.Module) -> fx.Graph:
-    """Return the calls of a model's forward, if they are always the same."""
-    if not is_plain(model):
-        raise KeptError(f"its model has hooks or an exchanged forward; {ADVICE}")
-    for parameter in parameters_of(model).values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or (
-            parameter.default is not parameter.empty
-        ):
-            raise KeptError(f"its model's forward may do without {parameter}; {ADVICE}")
-    modes = {name: module.training for name, module in model.named_modules()}
-    graphs: list[fx.Graph] = []
-    try:
-        for training in (False, True):
-            model.train(training)
-            tracer = Tracer()
-            # On a copy, because the forward runs, and may change attributes.
-            graphs.append(tracer.trace(copy_of(model, share_tensors=True)))
-            if tracer.held():
-                raise KeptError(f"its model's forward stores what it computes; {ADVICE}")
-    except KeptError:
-        raise
-    except Exception as error:  # whatever the model's own code makes of proxies
-        raise untraceable(error) from error
-    finally:
-        for name, module in model.named_modules():
-            module.training = modes[name]
-    evaluation, training = map(str, graphs)
-    if evaluation != training:
-        raise KeptError(f"its model's forward takes another way in evaluation; {ADVICE}")
-    return graphs[1]
+def _has_forward(module: nn.Module) -> bool:
+    """Return whether a module is one whose forward is to be looked at."""
+    torchs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, LISTS)
+    return not (
+        torchs
+        or isinstance(module, _BatchNorm)
+        or (type(module).forward is nn.Module.forward and "forward" not in vars(module))
+    )
 
 
-def _fuse_one(model: nn.Module, graph: fx.Graph, norm: fx.Node) -> str:
-    """Let a normalization take along what follows it; return what."""
-    layer = _layer(model, graph, norm)
-    following = _only_user(norm)
-    taken: dict[str, fx.Node] = {}
-    residual, last = None, norm
-    if _is_addition(following):
-        residual = _residual(graph, norm, following)
-        last = taken["add"] = following
-    if len(last.users) == 1 and _is_relu(model, _only_user(last)):
-        last = taken["relu"] = _only_user(last)
-    if not taken:
-        what = getattr(following.target, "__name__", following.target)
-        raise KeptError(f"{what} comes after it, and neither a ReLU nor an addition")
-    _check_between(model, graph, norm, last, taken)
-    if residual is not None:
-        norm.args = (*norm.args, residual)
-    last.replace_all_uses_with(norm)
-    for node in reversed(taken.values()):
-        graph.erase_node(node)
-    layer.fuses_relu = "relu" in taken
-    layer.__dict__["_reverts_to"] = BatchNorm
-    return ", ".join(taken)
+class _Forward:
+    """The forward of one module, and what is fused in it.
+
+    Attributes:
+        fused: what each normalization takes along, by its id.
+        kept: why another one does not, by its id.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.fused: dict[int, str] = {}
+        self.kept: dict[int, str] = {}
+        self._graphs = [_Graph(module, traced) for traced in forward_graphs(module)]
+        for graph in self._graphs:
+            for node in graph.calls:
+                layer = module.get_submodule(str(node.target))
+                if not isinstance(layer, _BatchNorm):
+                    continue
+                try:
+                    self.fused[id(layer)] = graph.fuse(node)
+                except KeptError as error:
+                    self.kept[id(layer)] = str(error)
+
+    def replace(self) -> None:
+        """Let the module run what was fused."""
+        variants = [
+            variant(self.module, graph.traced, graph.norms, graph.bare)
+            for graph in self._graphs
+            if graph.norms
+        ]
+        if variants:
+            give_forward(self.module, variants)
 
 
-def _layer(model: nn.Module, graph: fx.Graph, norm: fx.Node) -> SyncBatchNorm:
-    layer = model.get_submodule(str(norm.target))
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    if type(layer) is not SyncBatchNorm:
-        reason = f"it is a {type(layer).__name__}, and not a SyncBatchNorm"
-    elif layer.fuses_relu or len(norm.args) != 1 or norm.kwargs:
-        reason = "it takes a ReLU or a residual along already"
-    elif not is_plain(layer):
-        reason = "it has hooks or an exchanged forward"
-    elif sum(model.get_submodule(str(node.target)) is layer for node in calls) > 1:
-        reason = "it is called more than once"
-    else:
-        return layer
-    raise KeptError(reason)
+@dataclass
+class _Graph:
+    """A forward's graph while normalizations in it take along what follows them."""
+
+    module: nn.Module
+    traced: ForwardGraph
+    norms: list[str] = field(default_factory=list[str])
+    bare: list[str] = field(default_factory=list[str])
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        """The calls of modules."""
+        return [node for node in self.traced.graph.nodes if node.op == "call_module"]
+
+    def fuse(self, norm: fx.Node) -> str:
+        """Let a normalization take along what follows it; return what."""
+        self._check_layer(norm)
+        following = _only_user(norm)
+        taken: dict[str, fx.Node] = {}
+        residual, last = None, norm
+        if _is_addition(following):
+            residual = self._residual(norm, following)
+            last = taken["add"] = following
+        if len(last.users) == 1 and self._is_relu(_only_user(last), last):
+            last = taken["relu"] = _only_user(last)
+        if not taken:
+            what = "an output" if following.op == "output" else _called(following)
+            raise KeptError(f"{what} comes after it, and neither a ReLU nor an addition")
+        _check_between(self.traced.graph, norm, last, taken)
+        with self.traced.graph.inserting_before(norm):
+            layer = self.traced.graph.create_node("get_attr", str(norm.target))
+            choices: dict[str, Argument] = {
+                "adds": "add" in taken,
+                "onto_output": residual is not None and _is_onto(norm, following),
+                "onto_residual": residual is not None and _is_onto(residual, following),
+                "relu": "relu" in taken,
+            }
+            call = self.traced.graph.create_node(
+                "call_function", normalized, (layer, norm.args[0], residual), choices
+            )
+        last.replace_all_uses_with(call)
+        for node in (*reversed(taken.values()), norm):
+            if node.op == "call_module":
+                (self.norms if node is norm else self.bare).append(str(node.target))
+            self.traced.graph.erase_node(node)
+        return ", ".join(taken)
+
+    def _check_layer(self, norm: fx.Node) -> None:
+        layer = self.module.get_submodule(str(norm.target))
+        calls = [self.module.get_submodule(str(node.target)) for node in self.calls]
+        if type(layer) is not SyncBatchNorm:
+            raise KeptError(f"it is a {type(layer).__name__}, and not a SyncBatchNorm")
+        if layer.fuses_relu or len(norm.args) != 1 or norm.kwargs:
+            raise KeptError("it takes a ReLU or a residual along already")
+        if not is_plain(layer):
+            raise KeptError("it has hooks or an exchanged forward")
+        if sum(call is layer for call in calls) > 1:
+            raise KeptError("it is called more than once")
+
+    def _residual(self, norm: fx.Node, addition: fx.Node) -> fx.Node:
+        """Return what is added to a normalization's output, if it can be given to it instead."""
+        other = addition.args[1] if addition.args[0] is norm else addition.args[0]
+        if not isinstance(other, fx.Node) or other is norm or other.target in _NUMBERS:
+            raise KeptError("what is added to it is no other tensor")
+        order = list(self.traced.graph.nodes)
+        if order.index(other) > order.index(norm):
+            raise KeptError(f"what is added to it, {other.name}, is computed after it")
+        if _is_onto(other, addition) and not self._is_new(other):
+            raise KeptError(f"it is added in place to {other.name}, which may be used elsewhere")
+        return other
+
+    def _is_new(self, node: fx.Node) -> bool:
+        """Return whether a tensor is certain to share its memory with nothing that is used."""
+        if len(node.users) != 1:
+            return False
+        if node.op == "call_module":
+            layer = self.module.get_submodule(str(node.target))
+            self.bare.append(str(node.target))
+            return type(layer) is SyncBatchNorm and is_plain(layer)
+        return node.target is normalized
+
+    def _is_relu(self, node: fx.Node, given: fx.Node) -> bool:
+        if node.all_input_nodes != [given] or given not in (*node.args, node.kwargs.get("input")):
+            return False
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            return type(module) is nn.ReLU and is_plain(module)
+        return node.op != "output" and node.target in _RELUS
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -173,11 +246,8 @@ def _only_user(node: fx.Node) -> fx.Node:
     return next(iter(node.users))
 
 
-def _is_relu(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return type(module) is nn.ReLU and is_plain(module)
-    return node.target in _RELUS
+def _called(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -185,38 +255,16 @@ def _is_addition(node: fx.Node) -> bool:
     return known and len(node.args) == 2 and not node.kwargs
 
 
-def _residual(graph: fx.Graph, norm: fx.Node, addition: fx.Node) -> fx.Node:
-    """Return what is added to a normalization's output, if it can be given to it instead."""
-    other = addition.args[1] if addition.args[0] is norm else addition.args[0]
-    if not isinstance(other, fx.Node) or other is norm or other.target in _NUMBERS:
-        raise KeptError("what is added to it is no other tensor")
-    order = list(graph.nodes)
-    if order.index(other) > order.index(norm):
-        raise KeptError(f"what is added to it, {other.name}, is computed after it")
-    if (
-        addition.target in _IN_PLACE_ADDITIONS
-        and addition.args[0] is other
-        and len(other.users) > 1
-    ):
-        raise KeptError(f"it is added in place to {other.name}, which is used elsewhere too")
-    return other
+def _is_onto(node: fx.Node, addition: fx.Node) -> bool:
+    """Return whether an addition is one in place to a node's output."""
+    return addition.target in _IN_PLACE_ADDITIONS and addition.args[0] is node
 
 
 def _check_between(
-    model: nn.Module, graph: fx.Graph, norm: fx.Node, last: fx.Node, taken: dict[str, fx.Node]
+    graph: fx.Graph, norm: fx.Node, last: fx.Node, taken: dict[str, fx.Node]
 ) -> None:
-    """Raise where something in between may change a tensor that would be read earlier, or later."""
+    """Raise if something in between may write to what the normalization will have read by then."""
     order = list(graph.nodes)
     for node in order[order.index(norm) + 1 : order.index(last)]:
-        if node not in taken.values() and _changes_in_place(model, node):
-            raise KeptError(f"{node.name} changes a tensor in place before {last.name}")
-
-
-def _changes_in_place(model: nn.Module, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module: Any = model.get_submodule(str(node.target))
-        known = type(module).__module__.startswith("torch.nn.modules.")
-        return not known or bool(getattr(module, "inplace", False))
-    name = str(getattr(node.target, "__name__", node.target))
-    iadd = getattr(operator, name, None) is node.target and name.startswith("i")
-    return name.endswith("_") or iadd or name == "setitem" or bool(node.kwargs.get("inplace"))
+        if node not in taken.values() and may_write(node):
+            raise KeptError(f"{node.name} may change a tensor in place before {last.name}")

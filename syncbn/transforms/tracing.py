@@ -63,7 +63,10 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for a node's output, and remember it."""
-        made = super().proxy(node)
+        return self.remember(super().proxy(node))
+
+    def remember(self, made: fx.Proxy) -> fx.Proxy:
+        """Return a stand-in, and note it for `held`."""
         self.outputs.append(weakref.ref(made))
         return made
 

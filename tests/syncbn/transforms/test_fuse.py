@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import syncbn
-from syncbn.layers.batch_norm import BatchNorm
 from tests.support.world import run_world
 
 C = 4
@@ -82,17 +81,32 @@ def test_architectures_of_torchvision_compute_the_same(name: str, fused: int) ->
     _assert_computes_the_same(fusion.model, model, _batch(4, 3, 64, 64))
 
 
-def test_residual_block_calls_its_two_layers_and_nothing_else() -> None:
+def _calls(model: nn.Module, *inputs: Tensor) -> list[str]:
+    """Return what each call of a SyncBatchNorm took along, in order."""
+    calls: list[str] = []
+    original = syncbn.SyncBatchNorm.forward
+
+    def spy(self: syncbn.SyncBatchNorm, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        what = [*(["add"] if residual is not None else []), *(["relu"] if self.fuses_relu else [])]
+        calls.append(", ".join(what))
+        return original(self, input, residual)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(syncbn.SyncBatchNorm, "forward", spy)
+        model(*inputs)
+    return calls
+
+
+def test_residual_block_calls_its_two_layers_with_what_follows_them() -> None:
     model = syncbn.convert_sync_batchnorm(_Block())
     fusion = syncbn.fuse(model)
     assert fusion.fused == {"bn1": "relu", "bn2": "add, relu"}
-    assert isinstance(fusion.model, torch.fx.GraphModule)
-    called = [str(node.target) for node in fusion.model.graph.nodes if node.op.startswith("call")]
-    assert called == ["conv1", "bn1", "conv2", "bn2"]
+    x = torch.randn(4, C, 3, 3)
+    assert _calls(fusion.model, x) == ["relu", "add, relu"]
+    assert _calls(fusion.model.eval(), x) == ["", ""]
+    assert _calls(model, x) == ["", ""]  # the model itself is as it was
     assert type(fusion.model).__name__ == "_Block"
-    for name in fusion.fused:  # the model itself is as it was
-        assert not model.get_submodule(name).fuses_relu
-        assert fusion.model.get_submodule(name).fuses_relu
+    assert isinstance(fusion.model, _Block)
 
 
 def _block_on_two_ranks() -> list[Tensor]:
@@ -124,10 +138,16 @@ class _One(nn.Module):
     def __init__(self, follow: Callable[["_One", Tensor, Tensor], object]) -> None:
         super().__init__()
         self.bn = syncbn.SyncBatchNorm(C)
-        self.relu, self.follow = nn.ReLU(), follow
+        self.relu, self.relu_, self.follow = nn.ReLU(), nn.ReLU(inplace=True), follow
 
     def forward(self, x: Tensor) -> object:
         return self.follow(self, self.bn(x), x)
+
+
+def _augmented(net: _One, y: Tensor, x: Tensor) -> Tensor:
+    z = x
+    z *= 2
+    return y + x
 
 
 FUSED: dict[str, tuple[Callable[[_One, Tensor, Tensor], object], str]] = {
@@ -149,10 +169,28 @@ KEPT: dict[str, tuple[Callable[[_One, Tensor, Tensor], object], str]] = {
     "a size": (lambda net, y, x: y + x.size(0), "size, is computed after it|no other tensor"),
     "computed later": (lambda net, y, x: y + x.sin(), "sin, is computed after it"),
     "scaled": (lambda net, y, x: torch.add(y, x, alpha=2), "add comes after it, and neither"),
-    "changed in place": (lambda net, y, x: (x.mul_(2), y.relu())[1], "mul_ changes a tensor in"),
+    "changed in place": (lambda net, y, x: (x.mul_(2), y.relu())[1], "mul_ may change a tensor"),
     "added in place to what is used": (
         lambda net, y, x: (z := x.neg(), x.add_(y), z)[1],
-        "it is added in place to x, which is used elsewhere too",
+        "it is added in place to x, which may be used elsewhere",
+    ),
+    "changed by out=": (
+        lambda net, y, x: (torch.add(x, 100, out=x), y + x)[1],
+        "add may change a tensor in place before add_1",
+    ),
+    "changed through a view": (
+        lambda net, y, x: (x.view(-1).add_(100), y + x)[1],
+        "add_ may change a tensor",
+    ),
+    "changed by an augmented assignment": (_augmented, "imul may change a tensor in place"),
+    "changed by a module": (lambda net, y, x: (net.relu_(x), y + x)[1], "relu_ may change"),
+    "changed by a function": (
+        lambda net, y, x: (functional.relu(x, True), y + x)[1],
+        "relu may change a tensor",
+    ),
+    "moved like a running mean": (
+        lambda net, y, x: (functional.instance_norm(y, x[0, :, 0], x[1, :, 0]), x + x)[1],
+        "instance_norm comes after it",
     ),
 }
 
@@ -166,6 +204,7 @@ def test_what_follows_is_taken_along(
     assert fusion.fused == {"bn": taken}
     assert fusion.kept == {}
     x = _batch(6, C, 3)
+    assert _calls(fusion.model, x.clone()) == [taken]
     torch.testing.assert_close(fusion.model(x.clone()), model(x.clone()))
 
 
@@ -181,52 +220,6 @@ def test_what_is_not_certain_is_kept_with_the_reason(
     assert type(fusion.model) is _One
     x = _batch(6, C, 3)
     torch.testing.assert_close(fusion.model(x.clone()), model(x.clone()))
-
-
-class _Odd(nn.Module):
-    """Models that cannot be fused as a whole."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.bn, self.kind = syncbn.SyncBatchNorm(C), kind
-        self.last: object = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(x).relu()
-        if self.kind == "depends on values" and x.sum() > 0:
-            y = y + 1
-        if self.kind == "another way in training":
-            y = functional.dropout(y, 0.0, self.training)
-        if self.kind == "stores what it computes":
-            self.last = y
-        return y
-
-
-class _Optional(_Odd):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return super().forward(x)
-
-
-WHOLES = {
-    "depends on values": "torch.fx cannot trace its model, TraceError",
-    "another way in training": "its model's forward takes another way in evaluation",
-    "stores what it computes": "its model's forward stores what it computes",
-}
-
-
-@pytest.mark.parametrize(("kind", "reason"), WHOLES.items(), ids=WHOLES)
-def test_model_whose_forward_is_more_than_its_calls_is_left_whole(kind: str, reason: str) -> None:
-    model = _Odd(kind).eval()
-    model.bn.train()
-    fusion = syncbn.fuse(model)
-    assert fusion.kept["bn"].startswith(reason)
-    assert type(fusion.model) is _Odd
-    assert [module.training for module in model.modules()] == [False, True]
-
-
-def test_model_with_optional_arguments_is_left_whole() -> None:
-    fusion = syncbn.fuse(_Optional(""))
-    assert "may do without scale" in fusion.kept["bn"]
 
 
 def _hooked(model: nn.Module) -> None:
@@ -263,14 +256,20 @@ def test_layer_that_is_called_twice_is_kept() -> None:
 def test_fused_model_can_be_reverted_converted_copied_and_pickled() -> None:
     plain = _values(_Block()).double()
     model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
-    for make in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+    x = _batch(4, C, 5, 5)
+    calls = [["relu", "add, relu"], ["relu", "add, relu"], ["", ""]]
+    for make, expected in zip(
+        (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))), calls, strict=True
+    ):
         fused = make(syncbn.fuse(model).model)
-        _assert_computes_the_same(fused, copy.deepcopy(plain), _batch(4, C, 5, 5))
+        assert _calls(copy.deepcopy(fused), x) == expected
+        _assert_computes_the_same(fused, copy.deepcopy(plain), x)
     reverted = syncbn.revert_sync_batchnorm(syncbn.fuse(model).model)
-    assert isinstance(reverted.get_submodule("bn2"), BatchNorm)
-    _assert_computes_the_same(reverted, copy.deepcopy(plain), _batch(4, C, 5, 5))
+    assert type(reverted.get_submodule("bn2")) is nn.BatchNorm2d
+    _assert_computes_the_same(reverted, copy.deepcopy(plain), x)
     again = syncbn.convert_sync_batchnorm(syncbn.revert_sync_batchnorm(syncbn.fuse(model).model))
-    _assert_computes_the_same(again, copy.deepcopy(plain), _batch(4, C, 5, 5))
+    assert _calls(copy.deepcopy(again), x) == ["relu", "add, relu"]
+    _assert_computes_the_same(again, copy.deepcopy(plain), x)
 
 
 class _Twice(nn.Module):
@@ -283,11 +282,16 @@ class _Twice(nn.Module):
         return self.bn(y, y)
 
 
-def test_fused_layers_are_not_folded() -> None:
-    model = syncbn.fuse(syncbn.convert_sync_batchnorm(_Block())).model
-    folding = syncbn.fold(model)
-    assert folding.folded == ()
-    assert "takes a ReLU itself" in folding.kept["bn1"]
-    assert "takes a ReLU itself" in folding.kept["bn2"]
+def test_fused_model_is_folded_as_the_model_is() -> None:
+    model = syncbn.convert_sync_batchnorm(_values(_Block())).double()
+    folding = syncbn.fold(syncbn.fuse(model).model)
+    assert folding.folded == ("bn1", "bn2")
+    x = _batch(4, C, 5, 5)
+    torch.testing.assert_close(folding.model(x), model.eval()(x))
+
+
+def test_layers_that_take_something_along_themselves_are_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), syncbn.SyncBatchNorm(C, relu=True))
+    assert "takes a ReLU itself" in syncbn.fold(model).kept["1"]
     # The convolution's output goes into the normalization alone, but in two ways.
     assert "adds a residual itself" in syncbn.fold(_Twice()).kept["bn"]

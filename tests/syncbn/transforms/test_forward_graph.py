@@ -1,0 +1,180 @@
+"""What a forward may do for its graph to stand for it, and what makes `fuse` leave it alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+
+C = 4
+
+
+class _Net(nn.Module):
+    """A normalization, and whatever follows it."""
+
+    def __init__(self, follow: Callable[["_Net", Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.bn, self.follow = syncbn.SyncBatchNorm(C), follow
+        self.number, self.scales, self.constant = 0, [2.0], torch.ones(1)
+
+    def forward(self, x: Tensor) -> object:
+        return self.follow(self, self.bn(x), x)
+
+
+def _prints(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    print("a batch")  # noqa: T201 -- what a forward may do besides
+    return y.relu()
+
+
+def _tries(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    try:
+        return y.relu()
+    finally:
+        pass
+
+
+def _without_gradient(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = x.sin()
+    return net.bn(z).relu() + y
+
+
+def _counts(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    net.number += 1
+    return y.relu()
+
+
+_SCALES = [2.0]
+
+
+WHOLES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], str]] = {
+    "depends on values": (
+        lambda net, y, x: y.relu() + 1 if x.sum() > 0 else y.relu(),
+        "torch.fx cannot trace its model, TraceError",
+    ),
+    "depends on types": (
+        lambda net, y, x: y.relu() if isinstance(x.sin(), list) else y.tanh(),
+        "its model's forward looks at the type of what it computes",
+    ),
+    "compares identities": (
+        lambda net, y, x: y.relu() if x.dtype is torch.float64 else y.tanh(),
+        "<lambda>() in its model compares identities",
+    ),
+    "prints": (_prints, "_prints() in its model uses 'print'"),
+    "catches": (_tries, "_tries() in its model has a with or try statement"),
+    "without gradient": (
+        _without_gradient,
+        "its forward calls _set_grad_enabled without any of its inputs",
+    ),
+    "counts": (_counts, "_counts() in its model sets an attribute"),
+    "asks for the mode": (
+        lambda net, y, x: y.relu() if torch.is_grad_enabled() else y.tanh(),
+        "<lambda>() in its model uses 'torch.is_grad_enabled'",
+    ),
+    "a global": (lambda net, y, x: y.relu() * _SCALES[0], "<lambda>() in its model uses '_SCALES'"),
+    "random": (
+        lambda net, y, x: y.relu() + torch.rand(()).item(),
+        "its forward calls rand without any of its inputs",
+    ),
+    "what may change": (
+        lambda net, y, x: y.relu() * net.scales[0],
+        "its model's forward may read 'scales', which may change",
+    ),
+    "a tensor of its own": (
+        lambda net, y, x: y.relu() * net.constant,
+        "its model's forward may read 'constant', which may change",
+    ),
+}
+
+
+@pytest.mark.parametrize(("follow", "reason"), WHOLES.values(), ids=WHOLES)
+def test_forward_that_may_be_more_than_its_calls_is_left_alone(
+    follow: Callable[[_Net, Tensor, Tensor], object], reason: str
+) -> None:
+    model = _Net(follow)
+    model.bn.eval()
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {}
+    assert fusion.kept["bn"].startswith(reason)
+    assert type(fusion.model) is _Net
+    assert [module.training for module in fusion.model.modules()] == [True, False]
+
+
+class _Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.block = syncbn.SyncBatchNorm(C), _Net(lambda net, y, x: (x + y).relu())
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.block(self.bn(x).relu())
+        return y if scale is None else y * scale
+
+
+def test_forward_with_optional_arguments_is_left_alone_and_its_blocks_are_fused() -> None:
+    fusion = syncbn.fuse(_Optional())
+    assert "may do without scale" in fusion.kept["bn"]
+    assert fusion.fused == {"block.bn": "add, relu"}
+
+
+class _Modes(_Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        return y.relu() if self.training else y.tanh()
+
+
+def test_forward_that_takes_another_way_in_evaluation_is_fused_for_training() -> None:
+    model = _Modes(lambda net, y, x: y)
+    fusion = syncbn.fuse(model.eval())
+    assert fusion.fused == {"bn": "relu"}
+    assert not any(module.training for module in fusion.model.modules())
+    x = torch.randn(6, C, 3)
+    for training in (False, True):
+        expected = model.train(training)(x)
+        torch.testing.assert_close(fusion.model.train(training)(x), expected)
+
+
+class _Lists(nn.Module):
+    """Takes a tensor or several, as DenseNet's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.relu = syncbn.SyncBatchNorm(C), nn.ReLU()
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        several = [input] if isinstance(input, Tensor) else input
+        return self.relu(self.bn(torch.cat(several, 1)))
+
+
+@pytest.mark.parametrize(
+    "given", [torch.randn(3, C, 2), [torch.randn(3, 1, 2), torch.randn(3, C - 1, 2)]]
+)
+def test_forward_for_a_tensor_or_a_list_is_fused_for_both(given: Any) -> None:
+    model = _Lists()
+    fused = syncbn.fuse(model).model
+    torch.testing.assert_close(fused(given), model(given))
+    torch.testing.assert_close(fused(input=given), model(input=given))
+    if isinstance(given, list):
+        torch.testing.assert_close(fused(tuple(given)), model(tuple(given)))
+
+
+class _Final(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(syncbn.SyncBatchNorm(C), nn.ReLU())
+        self.bn = syncbn.SyncBatchNorm(C)
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no heirs")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.block(x)).relu()
+
+
+def test_class_that_refuses_subclasses_is_left_alone() -> None:
+    fusion = syncbn.fuse(_Final())
+    assert fusion.fused == {"block.0": "relu"}
+    assert fusion.kept == {"bn": "_Final cannot have a subclass: no heirs"}
+    assert type(fusion.model) is _Final
