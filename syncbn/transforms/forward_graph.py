@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.nn.utils import parametrize
 
-from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.layers.converted import PLAIN
 from syncbn.transforms.purity import Watch, attributes, is_from_torch
 from syncbn.transforms.tracing import (
     ADVICE,
@@ -110,7 +110,7 @@ def _ends_with_norm(module: nn.Module) -> bool:
     if type(module) is not nn.Sequential or not is_plain(module):
         return False
     members = list(module.children())
-    return bool(members) and type(members[-1]) is SyncBatchNorm
+    return bool(members) and type(members[-1]) in PLAIN
 
 
 class _Opaque:

@@ -9,7 +9,7 @@ from torch.fx.node import Argument
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
-from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.layers.converted import PLAIN
 from syncbn.transforms.forward_graph import IN_PLACE, LISTS, ForwardGraph, forward_graphs
 from syncbn.transforms.fused_module import give_forward, normalized, variant
 from syncbn.transforms.tracing import KeptError, copy_of, is_plain, norms
@@ -200,7 +200,7 @@ class _Graph:
     def _check_layer(self, norm: fx.Node) -> None:
         layer = self.module.get_submodule(str(norm.target))
         calls = [self.module.get_submodule(str(node.target)) for node in self.calls]
-        if type(layer) is not SyncBatchNorm:
+        if type(layer) not in PLAIN:
             raise KeptError(f"it is a {type(layer).__name__}, and not a SyncBatchNorm")
         if layer.fuses_relu or len(norm.args) != 1 or norm.kwargs:
             raise KeptError("it takes a ReLU or a residual along already")
@@ -228,7 +228,7 @@ class _Graph:
         if node.op == "call_module":
             layer = self.module.get_submodule(str(node.target))
             self.bare.append(str(node.target))
-            return type(layer) is SyncBatchNorm and is_plain(layer)
+            return type(layer) in PLAIN and is_plain(layer)
         return node.target is normalized
 
     def _is_relu(self, node: fx.Node, given: fx.Node) -> bool:
