@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from syncbn import _native
 from syncbn._native.plain import are_plain, has_memory
 from syncbn.comm.diagnose import require_agreement
-from syncbn.comm.fingerprint import add_fingerprint, invalidate, is_valid
+from syncbn.comm.fingerprint import add_fingerprint, count_of, invalidate, is_valid
 from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.errors import InputError, ReplicaError
@@ -177,7 +177,7 @@ class Exchange:
         total = self._sum(vector, "forward")
         if total.device.type != "cpu":
             return invalidate(total), shift
-        if is_valid(total[0].item()):
+        if is_valid(count_of(total)):
             return total, shift
         self._require_same_call()
         return self._sum(pack(None), "forward"), None

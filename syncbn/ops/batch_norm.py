@@ -1,5 +1,6 @@
 """`sync_batch_norm`: batch normalization over all replicas, with its true gradient."""
 
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments, from_summable, statistics_of, to_summable
 from syncbn.ops.all_reduce import all_reduce
+from syncbn.ops.derivatives import as_function_of, tangent
 
 # The smallest eps whose 1/√eps the dtype can hold.
 _LEAST_EPS = {
@@ -110,7 +112,19 @@ def reason_to_refuse(x: Tensor) -> str:
         return f"expected channels to normalise, got an input of shape {tuple(x.shape)}"
     if not x.is_floating_point():
         return f"expected a floating-point input, got {x.dtype}; convert it first"
+    if _is_distributed(x):
+        return (
+            "expected a tensor of this replica's share, got a DTensor, whose placement a "
+            "synchronized layer does not know; pass x.to_local() of a tensor that is sharded along "
+            "N, and wrap the result by DTensor.from_local"
+        )
     return ""
+
+
+def _is_distributed(x: Tensor) -> bool:
+    if type(x) is Tensor or "torch.distributed.tensor" not in sys.modules:
+        return False  # by far the most; and without the module there are no such tensors
+    return isinstance(x, sys.modules["torch.distributed.tensor"].DTensor)
 
 
 def alike(x: Tensor, residual: Tensor) -> bool:
@@ -202,7 +216,7 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return _tangent(ctx, *tangents)
+        return tangent(ctx, *tangents)
 
 
 class _CompiledBatchNorm(torch.autograd.Function):
@@ -240,7 +254,7 @@ class _TransformedBatchNorm(_CompiledBatchNorm):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return _tangent(ctx, *tangents)
+        return tangent(ctx, *tangents)
 
 
 def _normalize(
@@ -286,7 +300,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         else:
             kernels = NativeKernels()  # they look for themselves
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
-        norm = _as_function_of(x, norm, exchange)
+        norm = as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
     sums = kernels.backward_reduce(dy, x, norm)
     dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
@@ -300,88 +314,6 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *(dx, dweight if needs[1] else None, dbias if needs[2] else None),
         *(dy if needs[3] else None, None, None, None, None),
     )
-
-
-def _tangent(
-    ctx: Any,
-    of_x: Tensor | None,
-    of_weight: Tensor | None,
-    of_bias: Tensor | None,
-    of_residual: Tensor | None,
-    *_: Any,
-) -> Tensor:
-    """Return the tangent of y; as a matrix, ∂y/∂x is symmetric, so that dx's formula serves.
-
-    Communicates: one all-reduce of 2C float64 if x has a tangent, which every replica must give or
-    none; none in a world of one.
-
-    Raises:
-        InputError: it is a tangent of a tangent, for which torch would take 0.
-    """
-    levels: list[Any] = torch._C._functorch.get_interpreter_stack() or []  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
-    if sum(level.key().name == "Jvp" for level in levels) > 1:
-        raise InputError(
-            "batch normalization cannot take tangents of tangents, such as jacfwd(jacfwd(f)); take "
-            "jacfwd(jacrev(f)), which is torch.func.hessian, or jacrev(jacfwd(f))"
-        )
-    x, weight, y, statistics = ctx.saved_tensors
-    norm = _as_function_of(x, Normalization(statistics, weight), ctx.exchange)
-    kernels = ReferenceKernels()
-    result = torch.zeros_like(x)
-    if of_x is not None:
-        sums = all_reduce(kernels.backward_reduce(of_x, x, norm), ctx.exchange)
-        result = result + kernels.backward_input(of_x, x, norm, sums)
-    if of_weight is not None or of_bias is not None:
-        scale = torch.zeros_like(norm.mean) if of_weight is None else of_weight
-        result = result + kernels.normalize(x, Normalization(norm.statistics, scale, of_bias))
-    if of_residual is not None:
-        result = result + of_residual
-    return result if y is None else result.masked_fill(y <= 0, 0)
-
-
-def _as_function_of(x: Tensor, norm: Normalization, exchange: Exchange) -> Normalization:
-    """Return a normalization whose statistics are what they are: functions of x.
-
-    For what is differentiated in turn: then everything is a PyTorch operation, or a function whose
-    gradients lead over all replicas.
-    """
-    statistics: Tensor = _Statistics.apply(x, norm.statistics, exchange)  # pyright: ignore[reportAssignmentType] -- as above
-    return norm._replace(statistics=statistics)
-
-
-class _Statistics(torch.autograd.Function):
-    """x to its statistics: ∂mean/∂x = 1/n and ∂invstd/∂x = −invstd³·(x − mean)/n, n = count."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, statistics: Tensor, exchange: Exchange) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        return statistics.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, ctx.exchange = inputs
-        ctx.save_for_backward(x, output)
-        ctx.save_for_forward(x, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        x, statistics = ctx.saved_tensors
-        norm = Normalization(statistics)
-        _, dmean, dinvstd = grads[0].split([1, *[norm.mean.shape[0]] * 2])
-        dmean, dinvstd = all_reduce(torch.cat([dmean, dinvstd]), ctx.exchange).chunk(2)
-        # The formula of dx with dy = 0 and a weight of 1.
-        sums = torch.cat([-dmean / norm.invstd, dinvstd * norm.invstd])
-        return ReferenceKernels().backward_input(torch.zeros_like(x), x, norm, sums), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
-        x, statistics = ctx.saved_tensors
-        norm = Normalization(statistics)
-        sums = all_reduce(ReferenceKernels().backward_reduce(tangents[0], x, norm), ctx.exchange)
-        of_mean, of_xhat = (sums / norm.total.clamp(min=1)).chunk(2)
-        zero = torch.zeros_like(sums[:1])
-        return torch.cat([zero, of_mean, -norm.invstd.square() * of_xhat])
 
 
 class _GlobalMoments(torch.autograd.Function):
