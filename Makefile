@@ -1,8 +1,11 @@
 # `make demo` and `make test` need nothing but Python 3.11 or later; both install into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+# A worker that has nothing left to do takes half of what another still has.
+PARALLEL := --numprocesses 2 --dist worksteal
 
-.PHONY: help install demo why test test-long format lock clean
+.PHONY: help install demo why check test test-layer test-train test-service test-long format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -22,15 +25,27 @@ demo: install  ## train on 2 processes, serve the model, query it
 why: install  ## compute and draw what docs/why.md shows, in a quarter of an hour
 	$(BIN)/python -m scripts.chapter
 
-test: install  ## lint, format check, types, import directions, tests
+check: install  ## lint, format check, types, import directions
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test-long: install  ## the tests that take minutes: a soak of the service, compiled models
-	$(BIN)/python -m pytest -m long
+test: check  ## what check does, and all tests but those of test-long
+	$(PYTEST) $(PARALLEL)
+
+test-layer: install  ## the tests of the layer alone
+	$(PYTEST) $(PARALLEL) tests/syncbn tests/contracts --ignore tests/syncbn/train
+
+test-train: install  ## the tests of training alone
+	$(PYTEST) $(PARALLEL) tests/syncbn/train
+
+test-service: install  ## the tests of the service alone
+	$(PYTEST) $(PARALLEL) tests/service
+
+# One after the other, because a soak and the endings of jobs are measured by the clock.
+test-long: install  ## the tests that take long: variants, compiled models, a soak, kills
+	$(PYTEST) -m long
 
 format: install  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix

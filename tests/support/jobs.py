@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import (
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] -- documented
+)
 
 from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
@@ -63,13 +68,66 @@ class Job:
 def _be_agent(launcher: Any, run_dir: str) -> None:
     os.setsid()
     os.dup2(launcher.fileno(), 0)
-    with Path(f"{run_dir}.out").open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    _write_to(Path(f"{run_dir}.out"))
     torch.use_deterministic_algorithms(False)
     from syncbn.train.agent import main
 
     os._exit(main())
+
+
+def _write_to(file: Path) -> None:
+    """Append what this process prints to a file."""
+    with file.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+
+
+def under_torchrun(overrides: Sequence[str], cwd: Path, nproc: int = 2) -> tuple[list[int], str]:
+    """Run `syncbn-train` on ranks that are told what torchrun tells its ranks.
+
+    Args:
+        overrides: of the configuration, as on the command line.
+        cwd: the directory in which the ranks run.
+        nproc: the number of ranks.
+
+    Returns:
+        The exit codes by rank, and the output of all ranks.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    told = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    output = cwd.with_name(f"{cwd.name}.out")
+    ranks: list[Any] = []
+    for rank in range(nproc):
+        environment = {**told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        target = (environment, list(overrides), cwd, output)
+        ranks.append(CONTEXT.Process(target=_be_rank_of_torchrun, args=target))
+        ranks[-1].start()
+    for each in ranks:
+        each.join(60)
+        each.kill()
+        each.join()
+    return [each.exitcode for each in ranks], output.read_text()
+
+
+def _be_rank_of_torchrun(
+    environment: dict[str, str], overrides: list[str], cwd: Path, output: Path
+) -> None:
+    os.environ.update(environment)
+    os.chdir(cwd)
+    _write_to(output)
+    sys.argv[1:] = overrides
+    torch.use_deterministic_algorithms(False)
+    from syncbn.train.launch import main
+
+    main()
 
 
 class _Quiet:

@@ -21,11 +21,12 @@ T = TypeVar("T")
 torch.use_deterministic_algorithms(True)
 
 # Forked from a server that has loaded what ranks need: one starts in milliseconds instead of
-# seconds. DDP brings torch._dynamo, the digits
-# scikit-learn, and the curves matplotlib.
+# seconds. DDP brings torch._dynamo, the digits scikit-learn, the curves matplotlib, and the module
+# of the function to run brings pytest, which would be most of what a small world costs.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
+        *("pytest", "hypothesis.strategies"),
         *("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"),
         *("syncbn.train.agent", "tests.support.jobs"),
     ]

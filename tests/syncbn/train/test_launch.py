@@ -7,15 +7,22 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from syncbn.bundle import read_bundle
 from syncbn.train.run_directory import RunDirectory
-from tests.support.jobs import children, is_alive, wait_until
+from tests.support.jobs import SMALL, Job, children, is_alive, under_torchrun, wait_until
 from tests.support.processes import TORCHRUN, TRAIN, run
 
-SHORT = ["epochs=1", "model.width=4", "track=none", "launch.device=cpu"]
 EXTERNAL = [*TORCHRUN, "--nproc-per-node=2", TRAIN[1]]
-FORMS = pytest.mark.parametrize("command", [TRAIN, EXTERNAL], ids=["launcher", "torchrun"])
+FORMS = pytest.mark.parametrize(
+    "command",
+    # The README's commands, which a test runs, train under torchrun too.
+    [
+        pytest.param(TRAIN, id="launcher"),
+        pytest.param(EXTERNAL, id="torchrun", marks=pytest.mark.long),
+    ],
+)
 
 
 def _the_run(directory: Path) -> RunDirectory:
@@ -59,36 +66,47 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("command", "override", "message"),
+    ("override", "message"),
     [
-        (TRAIN, "optim.lrr=1", "syncbn-train: unknown key 'optim.lrr'; did you mean 'lr'?"),
-        (TRAIN, "optim.lr=fast", "syncbn-train: optim.lr: Value 'fast' of type 'str'"),
-        (TRAIN, "norm=batch", "Could not find 'norm/batch'"),
-        (TRAIN, "+more=1", "unknown key 'more'"),
-        (EXTERNAL, "optim.lrr=1", "syncbn-train: unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("optim.lrr=1", "syncbn-train: unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("optim.lr=fast", "syncbn-train: optim.lr: Value 'fast' of type 'str'"),
+        ("norm=batch", "Could not find 'norm/batch'"),
+        ("+more=1", "unknown key 'more'"),
     ],
 )
 def test_wrong_configuration_is_explained_once_and_starts_nothing(
-    command: list[str], override: str, message: str, tmp_path: Path
+    override: str, message: str, tmp_path: Path
 ) -> None:
-    result = run([*command, override], tmp_path)
-    assert result.returncode != 0
+    result = run([*TRAIN, override], tmp_path)
+    assert result.returncode == 2
     assert result.stdout.count(message) == 1
     assert "epoch" not in result.stdout.replace("epochs", "")
     assert list(tmp_path.iterdir()) == []
-    if command is TRAIN:
-        assert result.returncode == 2
-        assert "Traceback" not in result.stdout
+    assert "Traceback" not in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["-m", "seed=0,1"], "type `syncbn-train -m seed=0,1`, which starts the ranks itself"),
-        (["launch.nproc=3"], "launch.nproc=3, but torchrun started 2 ranks here"),
-    ],
-)
-def test_what_contradicts_torchrun_is_refused(
+REFUSED = [
+    (["optim.lrr=1"], "syncbn-train: unknown key 'optim.lrr'; did you mean 'lr'?"),
+    (["-m", "seed=0,1"], "type `syncbn-train -m seed=0,1`, which starts the ranks itself"),
+    (["launch.nproc=3"], "launch.nproc=3, but torchrun started 2 ranks here"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_ranks_of_torchrun_refuse_what_is_wrong_or_contradicts_it(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    (cwd := tmp_path / "cwd").mkdir()
+    codes, output = under_torchrun(arguments, cwd)
+    assert codes == [2, 2], output
+    assert output.count(message) == 1
+    assert "epoch" not in output.replace("epochs", "")
+    assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_torchrun_itself_ends_where_its_ranks_refuse(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     result = run([*EXTERNAL, *arguments], tmp_path)
@@ -98,6 +116,16 @@ def test_what_contradicts_torchrun_is_refused(
 
 
 def test_missing_gpus_are_explained(tmp_path: Path) -> None:
+    found = torch.cuda.device_count()
+    needed = found + 2
+    job = Job(tmp_path / "run", "launch.device=cuda", f"launch.nproc={needed}")
+    assert job.wait() == 2
+    said = f"launch.device=cuda needs {needed} GPUs, found {found}; use"
+    assert Path(f"{job.run.path}.out").read_text().count(said) == 1
+
+
+@pytest.mark.long
+def test_launcher_ends_with_the_code_of_ranks_that_miss_their_gpus(tmp_path: Path) -> None:
     result = run([*TRAIN, "launch.device=cuda"], tmp_path, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 2
     assert result.stdout.count("launch.device=cuda needs 2 GPUs, found 0; use") == 1
@@ -144,38 +172,31 @@ NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @NEEDS_PROC
 def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"
-    overrides = [*SHORT[1:], "epochs=4"]
-    launcher = _start(overrides, run_dir)
+    launcher = _start([*SMALL, "epochs=4"], run_dir)
     ranks = _ranks(launcher)
     assert len(ranks) == 2
     os.kill(launcher.pid, signal.SIGTERM)
     assert launcher.wait(60) == 128 + signal.SIGTERM
     assert not any(is_alive(rank) for rank in ranks)
     assert not (run_dir / "bundle").exists()
-    again = [*TRAIN, *overrides, f"run_dir={run_dir}", "log_every_steps=1"]
-    result = run(again, tmp_path)
-    assert result.returncode == 0, result.stdout
-    assert "resuming in epoch" in result.stdout
-    epochs = [int(line["epoch"]) for line in RunDirectory(run_dir).read_metrics()]
-    assert epochs == list(range(1, 5))
+    job = Job(run_dir, "epochs=4", "log_every_steps=1")
+    assert job.wait() == 0, Path(f"{run_dir}.out").read_text()
+    assert "resuming in epoch" in job.run.log_file.read_text()
+    assert [int(line["epoch"]) for line in job.run.read_metrics()] == [1, 2, 3, 4]
+    again = [*TRAIN, *SMALL, "epochs=4", "log_every_steps=1", f"run_dir={run_dir}"]
     result = run(again, tmp_path)
     assert (result.returncode, result.stdout.count("holds a finished run; choose")) == (2, 1)
 
 
+# The tests of resuming do the same to the agent, without starting a launcher.
 @NEEDS_PROC
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGINT, marks=pytest.mark.long),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.long),
-        signal.SIGKILL,
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_end_of_the_launcher_is_the_end_of_its_ranks(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     run_dir = tmp_path / "ended"
-    launcher = _start([*SHORT[1:], "epochs=500"], run_dir)
+    launcher = _start([*SMALL, "epochs=500"], run_dir)
     ranks = _ranks(launcher)
     os.kill(launcher.pid, number)
     code = launcher.wait(60)
@@ -185,9 +206,10 @@ def test_end_of_the_launcher_is_the_end_of_its_ranks(
 
 
 @NEEDS_PROC
+@pytest.mark.long
 def test_torchrun_starts_a_killed_rank_again_in_the_same_directory(tmp_path: Path) -> None:
     command = [*TORCHRUN, "--nproc-per-node=2", "--max-restarts=1", TRAIN[1]]
-    overrides = [*SHORT[1:], "epochs=6", "log_every_steps=1", "checkpoint.every_steps=5"]
+    overrides = [*SMALL, "epochs=6", "log_every_steps=1", "checkpoint.every_steps=5"]
     with (tmp_path / "output").open("w") as output:
         torchrun = subprocess.Popen(
             [*command, *overrides], cwd=tmp_path, stdout=output, stderr=output

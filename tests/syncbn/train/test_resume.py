@@ -5,6 +5,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -19,8 +20,15 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 SHORT = ("epochs=3", "log_every_steps=1", "checkpoint.every_steps=4", "optim.accumulate=2")
 
 
-def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(tmp_path: Path) -> None:
-    whole = whole_outcome(tmp_path / "whole", *SHORT)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the job comes to if nobody stops it."""
+    return whole_outcome(tmp_path_factory.mktemp("whole") / "run", *SHORT)
+
+
+def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
     job = Job(tmp_path / "restarted", *SHORT, "launch.max_restarts=2")
     for step in (5, 20):
         wait_until(lambda step=step: len(_lines(job)) >= step)
@@ -39,11 +47,9 @@ def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(tmp_path: P
     ],
 )
 def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
-    tmp_path: Path, number: signal.Signals, to: str
+    whole: dict[str, Any], tmp_path: Path, number: signal.Signals, to: str
 ) -> None:
-    overrides = ("epochs=2", "log_every_steps=1")
-    whole = whole_outcome(tmp_path / "whole", *overrides)
-    job = Job(tmp_path / "stopped", *overrides)
+    job = Job(tmp_path / "stopped", *SHORT)
     wait_until(lambda: len(_lines(job)) >= 10)
     os.kill(job.agent.pid if to == "agent" else job.ranks()[1], number)
     assert job.wait(20) == 128 + number
@@ -51,7 +57,7 @@ def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
     assert result is not None
     assert (result.status, result.exit_code) == ("interrupted", 128 + number)
     assert result.error == f"stopped by {number.name} after step {len(_lines(job))}"
-    assert whole_outcome(tmp_path / "stopped", *overrides) == whole
+    assert whole_outcome(tmp_path / "stopped", *SHORT) == whole
 
 
 def test_ranks_end_with_a_checkpoint_when_the_launcher_is_gone(tmp_path: Path) -> None:
@@ -76,8 +82,9 @@ def test_ranks_end_by_themselves_when_the_agent_is_killed(tmp_path: Path) -> Non
     assert result.status == "interrupted"
 
 
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
-    whole = whole_outcome(tmp_path / "whole", *SHORT)
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
     job = Job(tmp_path / "damaged", *SHORT, "checkpoint.keep=3")
     wait_until(lambda: len(checkpoint_files(job.run.checkpoints_dir)) >= 2)
     job.kill_all()
