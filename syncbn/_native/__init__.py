@@ -22,8 +22,13 @@ class Layout(ctypes.Structure):
 
 
 class Normalization(ctypes.Structure):
-    """Pointers to what normalizes a tensor; `syncbn_normalization` of syncbn.h."""
+    """Pointers to what normalizes a tensor; `syncbn_normalization` of syncbn.h.
 
+    Attributes:
+        owners: of the memory that is pointed to, to be kept alive.
+    """
+
+    owners: object = None
     _fields_ = (
         *(("statistics", _POINTER), ("weight", _POINTER), ("bias", _POINTER)),
         *(("parameters_in_float64", _FLAG), ("relu", _FLAG)),
@@ -50,7 +55,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "syncbn_statistics": (None, [_POINTER, _SIZE, _REAL, _POINTER]),
     "syncbn_update_running": (None, [_POINTER, _SIZE, _REAL, _POINTER, _POINTER, _POINTER]),
     "syncbn_normalize": (None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER]),
-    "syncbn_backward_reduce": (None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER]),
+    "syncbn_backward_reduce": (
+        *(None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER, _POINTER, _POINTER]),
+    ),
     "syncbn_backward_input": (
         *(None, [_LAYOUT, _POINTER, _POINTER, _NORMALIZATION, _POINTER, _POINTER]),
     ),

@@ -1,5 +1,6 @@
-// Implements syncbn.h for one replica: chooses the level of instructions once, prepares each channel's coefficients in
-// float64, and shares the loops among threads. Results do not depend on the number of threads.
+// Implements syncbn.h for one replica: chooses the level of instructions once, prepares each
+// channel's coefficients in float64, and shares the loops among threads. Results do not depend on
+// the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -293,7 +294,8 @@ void syncbn_normalize(const syncbn_layout* layout, const void* x, const void* re
 }
 
 void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy, const void* x,
-                            const syncbn_normalization* normalization, double* sums) {
+                            const syncbn_normalization* normalization, double* sums,
+                            float* dweight, float* dbias) {
   const Shape shape = syncbn::shape_of(*layout);
   const Prepared of(*normalization, shape.c);
   double* sum_dy_xhat = sums + shape.c;
@@ -302,6 +304,8 @@ void syncbn_backward_reduce(const syncbn_layout* layout, const void* dy, const v
                                   a, b);
   });
   for (int64_t i = 0; i < shape.c; ++i) sum_dy_xhat[i] *= of.invstd[i];
+  if (dweight) std::copy_n(sum_dy_xhat, shape.c, dweight);
+  if (dbias) std::copy_n(sums, shape.c, dbias);
 }
 
 void syncbn_backward_input(const syncbn_layout* layout, const void* dy, const void* x,

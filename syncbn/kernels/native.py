@@ -76,6 +76,7 @@ class NativeKernels:
         if not (
             is_unobserved()
             and are_plain(moments.packed, *buffers)
+            and (momentum is None or momentum >= 0)
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()
@@ -108,25 +109,43 @@ class PlainKernels(NativeKernels):
 
     def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """See `NativeKernels`."""
-        y, by = torch.empty_like(x), _Pointers(norm)
+        y, by = torch.empty_like(x), _pointers(norm)
         residual = None if residual is None else laid_out_as(x, residual)
         added = None if residual is None else residual.data_ptr()
-        _library().syncbn_normalize(_layout(x), x.data_ptr(), added, by.struct, y.data_ptr())
+        _library().syncbn_normalize(_layout(x), x.data_ptr(), added, by, y.data_ptr())
         return y
 
     def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """See `NativeKernels`."""
-        dy, by, sums = laid_out_as(x, dy), _Pointers(norm), _vector(2 * x.shape[1])
-        tensors = dy.data_ptr(), x.data_ptr(), by.struct
-        _library().syncbn_backward_reduce(_layout(x), *tensors, sums.data_ptr())
+        return self.reduce_rounded(dy, x, norm, None, None)
+
+    def reduce_rounded(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        norm: Normalization,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+    ) -> Tensor:
+        """Do `backward_reduce`, and write the sums rounded to float32 into the given tensors."""
+        dy, sums = laid_out_as(x, dy), _vector(2 * x.shape[1])
+        _library().syncbn_backward_reduce(
+            _layout(x),
+            dy.data_ptr(),
+            x.data_ptr(),
+            _pointers(norm),
+            sums.data_ptr(),
+            None if dweight is None else dweight.data_ptr(),
+            None if dbias is None else dbias.data_ptr(),
+        )
         return sums
 
     def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
         """See `NativeKernels`."""
-        dy, by, dx = laid_out_as(x, dy), _Pointers(norm), torch.empty_like(x)
+        dy, dx = laid_out_as(x, dy), torch.empty_like(x)
         if sums.dtype is not torch.float64 or not sums.is_contiguous():
             sums = sums.double().contiguous()
-        tensors = dy.data_ptr(), x.data_ptr(), by.struct
+        tensors = dy.data_ptr(), x.data_ptr(), _pointers(norm)
         _library().syncbn_backward_input(_layout(x), *tensors, sums.data_ptr(), dx.data_ptr())
         return dx
 
@@ -184,31 +203,26 @@ def _vector(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float64, device=_CPU)
 
 
-class _Pointers:
-    """A normalization as the library reads it; keeps the memory that it points to alive."""
-
-    __slots__ = ("owners", "struct")
-
-    def __init__(self, norm: Normalization) -> None:
-        statistics, weight, bias, relu = norm
-        wide = False
-        for tensor in (weight, bias):
-            if tensor is not None and not (
-                tensor.dtype is torch.float32 and tensor.is_contiguous()
-            ):
-                wide = True
-        if wide:
-            weight, bias = (None if t is None else t.double().contiguous() for t in (weight, bias))
-        if not statistics.is_contiguous():
-            statistics = statistics.contiguous()
-        self.owners = statistics, weight, bias
-        self.struct = _native.Normalization(
-            statistics.data_ptr(),
-            None if weight is None else weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            wide,
-            relu,
-        )
+def _pointers(norm: Normalization) -> _native.Normalization:
+    """Return a normalization as the library reads it, while the normalization is alive."""
+    statistics, weight, bias, relu = norm
+    readable = statistics.is_contiguous()
+    for tensor in (weight, bias):
+        if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+            readable = False
+    if not readable:
+        statistics = statistics.contiguous()
+        weight, bias = (None if t is None else t.double().contiguous() for t in (weight, bias))
+    pointers = _native.Normalization(
+        statistics.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        not readable,
+        relu,
+    )
+    if not readable:
+        pointers.owners = statistics, weight, bias  # which nothing else keeps alive
+    return pointers
 
 
 # What torch.compile puts into its graphs. It may hand over other strides than it traced with, so

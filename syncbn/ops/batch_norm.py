@@ -302,18 +302,19 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
         norm = as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
-    sums = kernels.backward_reduce(dy, x, norm)
-    dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
     dweight = dbias = None
-    if needs[1] or needs[2]:
-        dtype = ctx.bias_dtype if weight is None else weight.dtype
-        dbias, dweight = sums.to(dtype).chunk(2)
-        if ctx.bias_dtype not in (None, dtype):
-            dbias = sums.chunk(2)[0].to(ctx.bias_dtype)
-    return (
-        *(dx, dweight if needs[1] else None, dbias if needs[2] else None),
-        *(dy if needs[3] else None, None, None, None, None),
-    )
+    if kernels is PLAIN and not (weight is None or weight.dtype is not torch.float32):
+        dweight = torch.empty_like(weight) if needs[1] else None
+        dbias = torch.empty_like(weight) if needs[2] and ctx.bias_dtype is weight.dtype else None
+        sums = PLAIN.reduce_rounded(dy, x, norm, dweight, dbias)
+    else:
+        sums = kernels.backward_reduce(dy, x, norm)
+    dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
+    if needs[1] and dweight is None:
+        dweight = sums.chunk(2)[1].to(weight.dtype)
+    if needs[2] and dbias is None:
+        dbias = sums.chunk(2)[0].to(ctx.bias_dtype)
+    return dx, dweight, dbias, dy if needs[3] else None, None, None, None, None
 
 
 class _GlobalMoments(torch.autograd.Function):

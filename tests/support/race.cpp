@@ -225,7 +225,8 @@ struct Case {
                                   fused ? bias.data() : nullptr, 0, relu};
     syncbn_local_moments(&layout, x.data(), to.moments.data());
     syncbn_normalize(&layout, x.data(), fused ? residual.data() : nullptr, &by, to.y.data());
-    syncbn_backward_reduce(&layout, dy.data(), x.data(), &by, to.sums.data(), to.rounded.data());
+    syncbn_backward_reduce(&layout, dy.data(), x.data(), &by, to.sums.data(), to.rounded.data() + c,
+                           to.rounded.data());
     syncbn_backward_input(&layout, dy.data(), x.data(), &by, to.sums.data(), to.dx.data());
     return to;
   }
