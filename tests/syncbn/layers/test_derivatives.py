@@ -148,15 +148,19 @@ def _assert_close(ours: Tensor, truth: Tensor, what: object) -> None:
     )
 
 
+def _along(function: Any, inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
+    """Return the derivative of a function along tangents of its inputs."""
+    return jvp(function, inputs, tangents)[1]
+
+
 def _jvp(rank: _Rank) -> tuple[Tensor, Tensor]:
-    _, ours = jvp(rank.output, (rank.own(rank.x),), (rank.own(rank.tangent),))
-    return ours, rank.own(jvp(rank.outputs, (rank.x,), (rank.tangent,))[1])
+    ours = _along(rank.output, (rank.own(rank.x),), (rank.own(rank.tangent),))
+    return ours, rank.own(_along(rank.outputs, (rank.x,), (rank.tangent,)))
 
 
 def _vjp(rank: _Rank) -> tuple[Tensor, Tensor]:
-    _, pull_back = vjp(rank.output, rank.own(rank.x))
-    (ours,) = pull_back(rank.own(rank.cotangent))
-    return ours, rank.own(vjp(rank.outputs, rank.x)[1](rank.cotangent)[0])
+    ours = vjp(rank.output, rank.own(rank.x))[1](rank.own(rank.cotangent))
+    return ours[0], rank.own(vjp(rank.outputs, rank.x)[1](rank.cotangent)[0])
 
 
 def _dual_numbers(rank: _Rank) -> tuple[Tensor, Tensor]:
@@ -164,12 +168,12 @@ def _dual_numbers(rank: _Rank) -> tuple[Tensor, Tensor]:
         x = forward_ad.make_dual(rank.own(rank.x), rank.own(rank.tangent))
         ours = forward_ad.unpack_dual(rank.output(x)).tangent
     assert ours is not None
-    return ours, rank.own(jvp(rank.outputs, (rank.x,), (rank.tangent,))[1])
+    return ours, rank.own(_along(rank.outputs, (rank.x,), (rank.tangent,)))
 
 
 def _gradient_of_a_tangent(rank: _Rank) -> tuple[Tensor, Tensor]:
     def along(function: Function, tangent: Tensor, cotangent: Tensor) -> Function:
-        return lambda x: (jvp(function, (x,), (tangent,))[1].pow(2) * cotangent).sum()
+        return lambda x: (_along(function, (x,), (tangent,)).pow(2) * cotangent).sum()
 
     mine = along(rank.output, rank.own(rank.tangent), rank.own(rank.cotangent))
     total = along(rank.outputs, rank.tangent, rank.cotangent)
@@ -177,8 +181,8 @@ def _gradient_of_a_tangent(rank: _Rank) -> tuple[Tensor, Tensor]:
 
 
 def _tangent_of_a_gradient(rank: _Rank) -> tuple[Tensor, Tensor]:
-    _, ours = jvp(grad(rank.loss), (rank.own(rank.x),), (rank.own(rank.tangent),))
-    _, truth = jvp(grad(rank.total_loss), (rank.x,), (rank.tangent,))
+    ours = _along(grad(rank.loss), (rank.own(rank.x),), (rank.own(rank.tangent),))
+    truth = _along(grad(rank.total_loss), (rank.x,), (rank.tangent,))
     return ours, rank.own(truth)
 
 
@@ -340,14 +344,14 @@ def _of_parameters() -> None:
         return (rank.cotangent * outputs(x, weights, biases).pow(3)).sum((1, 2))
 
     world_size = len(rank.x)
-    weights, biases = (each.expand(world_size, -1) for each in (rank.weight, rank.bias))
+    weights, biases = (each.repeat(world_size, 1) for each in (rank.weight, rank.bias))
     inputs, all_inputs = (x, rank.weight, rank.bias), (rank.x, weights, biases)
     tangents = torch.arange(2.0 * world_size, dtype=torch.float64).reshape(world_size, 2) - 1
 
     # The tangent of a rank's parameters reaches its own output alone.
     own = rank.own(rank.tangent), tangents[number], -tangents[number]
-    _, ours = jvp(output, inputs, own)
-    _, truth = jvp(outputs, all_inputs, (rank.tangent, tangents, -tangents))
+    ours = _along(output, inputs, own)
+    truth = _along(outputs, all_inputs, (rank.tangent, tangents, -tangents))
     _assert_close(ours, truth[number], "jvp")
     for argument in (1, 2):
         local = jacrev(outputs, argument)(*all_inputs)[number, :, :, number]
@@ -399,8 +403,8 @@ def _of_the_training_layer(dtype: torch.dtype) -> None:
                 assert forward_ad.unpack_dual(buffer).tangent is None, name
         assert tangent is not None
         assert primal.dtype == tangent.dtype == dtype
-        _, truth = jvp(exact.outputs, (exact.x,), (exact.tangent,))
-        _, rounded = jvp(rank.outputs_of_torch, (rank.x,), (rank.tangent,))
+        truth = _along(exact.outputs, (exact.x,), (exact.tangent,))
+        rounded = _along(rank.outputs_of_torch, (rank.x,), (rank.tangent,))
         where = f"{options}, {dtype}:"
         assert_as_exact(primal, exact.own(exact.outputs(exact.x)), expected, f"{where} y")
         # The tangent is a difference of terms that are as large as the normalized tangents.
