@@ -3,6 +3,7 @@ import json
 import math
 import multiprocessing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError, DataError, SyncBNError, TrainingError
+from syncbn.train import export
 from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
 from syncbn.train.data import Dataset, digits
@@ -32,7 +34,9 @@ def _train(overrides: list[str], dtype: torch.dtype = torch.float32) -> Result:
     config = compose_config([*SMALL, *overrides])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
     try:
-        return train(config, run, torch.device("cpu"), quiet_watch())
+        # Drawing takes as long as training a few epochs; the curves are for others to test.
+        with mock.patch.object(export, "plot_curves"):
+            return train(config, run, torch.device("cpu"), quiet_watch())
     finally:
         torch.set_default_dtype(torch.float32)
 
