@@ -4,9 +4,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.processes import REPOSITORY, run
 
 
+# The README's commands, which another test runs, train and serve the same.
+@pytest.mark.long
 def test_demo_trains_serves_and_queries(tmp_path: Path) -> None:
     result = run([sys.executable, str(REPOSITORY / "scripts" / "demo.py")], tmp_path, 300)
     assert result.returncode == 0, result.stdout

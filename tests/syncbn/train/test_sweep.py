@@ -59,6 +59,7 @@ def _result(path: Path) -> tuple[str, str]:
     return result.status, str(result.error)
 
 
+@pytest.mark.long
 def test_job_that_cannot_be_configured_fails_alone(tmp_path: Path) -> None:
     sweep = [*TRAIN, "-m", *TINY, "model.width=2", "optim.lr=-1,0.1"]
     result = run(sweep, tmp_path)

@@ -24,6 +24,9 @@ ENDING_S = 15
 
 Hosts = tuple[Host, Host]
 
+# Both start torchrun on each host, and wait for what it finds out by its time-outs.
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def hosts() -> Generator[Hosts]:
@@ -65,7 +68,6 @@ def _output(run_dir: Path, host: Host) -> Path:
     return run_dir.parent.with_name(f"{host.name}.out")
 
 
-@pytest.mark.long
 def test_job_of_two_hosts_is_the_same_job_to_the_bit(
     hosts: Hosts, on_one_host: dict[str, Any], tmp_path: Path
 ) -> None:
