@@ -1,4 +1,4 @@
-"""Every exception that syncbn raises on purpose; all of them derive from `SyncBNError`."""
+"""Every exception that syncbn raises on purpose, all of them `SyncBNError`s; and its warning."""
 
 
 class SyncBNError(Exception):
@@ -18,6 +18,10 @@ class ReplicaError(SyncBNError, RuntimeError):
 
 class ConversionError(SyncBNError, TypeError):
     """A module cannot be converted without losing behaviour of its own."""
+
+
+class ConversionWarning(UserWarning):
+    """A conversion leaves layers alone that look as if they should be converted."""
 
 
 class ModelError(SyncBNError, ValueError):

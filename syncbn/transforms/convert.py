@@ -1,20 +1,22 @@
 """Turning a model's batch normalization into `SyncBatchNorm`, and back."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncbn.errors import ConversionError
-from syncbn.layers.base import adopt, check_reducer
+from syncbn.errors import ConversionError, ConversionWarning
+from syncbn.layers.base import Synchronised, adopt, check_reducer
 from syncbn.layers.batch_norm import BatchNorm, SyncBatchNorm
+from syncbn.layers.converted import exchange, has_timms_forward, own_class, synchronized
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _BASE = nn.modules.batchnorm._BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
+_FORWARDS = (_BASE.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, BatchNorm.forward)
 
 
 def convert_sync_batchnorm(
@@ -27,11 +29,19 @@ def convert_sync_batchnorm(
     """Turn every batch normalization of a model into a `SyncBatchNorm`, in place.
 
     Converts BatchNorm1d, 2d and 3d, their lazy forms, `torch.nn.SyncBatchNorm`, and timm's
-    BatchNormAct2d with its activation; also subclasses that leave `forward` alone or call
-    `super().forward(...)` in theirs. The modules stay the same objects and change class, so that
-    parameters, buffers, hooks, attributes, modes, parametrizations, and whatever else refers to
-    them stay valid. A layer that is synchronised already keeps its process group unless one is
-    given. Does not communicate.
+    BatchNormAct2d and SyncBatchNormAct with their activation; also subclasses that leave `forward`
+    alone or call `super().forward(...)` in theirs. The modules stay the same objects and change
+    class, so that parameters, buffers, hooks, attributes, modes, parametrizations, and whatever
+    else refers to them stay valid. A layer that is synchronised already keeps its process group
+    unless one is given. Does not communicate.
+
+    The new class is a subclass of the old one, which other tools look for: a BatchNorm2d becomes a
+    `SyncBatchNorm2d`. `torch.nn.SyncBatchNorm` becomes that as well, because
+    DistributedDataParallel refuses torch's class on the CPU, and with it its other subclasses.
+    Inputs may have any number of dimensions, as for torch's converted layers.
+
+    Warns of layers that keep running statistics but are no subclass of torch's batch
+    normalization: they stay as they are, and may normalize by the batch of one replica.
 
     Args:
         model: the model, or a batch normalization itself.
@@ -52,19 +62,24 @@ def convert_sync_batchnorm(
         for name, module in model.named_modules()
         if isinstance(module, _BASE) and (only is None or only(name, module))
     ]
-    classes = [_synchronised(name, module) for name, module in chosen]
+    for name, module in chosen:
+        if not isinstance(module, SyncBatchNorm):
+            _check_forward(name, module)
     check_reducer(reducer)
-    for (_, module), synchronised in zip(chosen, classes, strict=True):
-        if type(module) is not synchronised:
+    for _, module in chosen:
+        if not isinstance(module, SyncBatchNorm):
+            kind = type(module)
+            own = own_class(kind)
             module.__dict__.setdefault("process_group", None)
-            module.__dict__["_reverts_to"] = type(module)
-            module.__class__ = synchronised  # pyright: ignore[reportAttributeAccessIssue] -- a subclass of the batch normalization's
+            module.__dict__["_reverts_to"] = own
+            module.__class__ = exchange(kind, own, synchronized(own))  # pyright: ignore[reportAttributeAccessIssue] -- has the same layout
             assert isinstance(module, SyncBatchNorm)
             adopt(module)
         if process_group is not None:
             module.__dict__["process_group"] = process_group
         if reducer is not None:
             module.__dict__["reducer"] = reducer
+    _warn_of_local_layers(model)
     return model
 
 
@@ -83,51 +98,75 @@ def revert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, SyncBatchNorm):
+            kind = type(module)
             original: type[nn.Module] = module.__dict__.pop("_reverts_to", BatchNorm)
             module.__dict__.pop("reducer", None)
-            if issubclass(original, _LAZY) and not isinstance(module, LazyModuleMixin):
+            if issubclass(original, LazyModuleMixin) and not isinstance(module, LazyModuleMixin):
                 original = original.cls_to_become  # pyright: ignore[reportAssignmentType] -- it has seen a batch; torch types this as any class
             if not issubclass(original, nn.SyncBatchNorm):
                 del module.__dict__["process_group"]
             del module.__dict__["_memory"]
-            module.__class__ = original  # pyright: ignore[reportAttributeAccessIssue] -- the class that the module had
+            module.__class__ = exchange(kind, own_class(kind), original)  # pyright: ignore[reportAttributeAccessIssue] -- has the same layout
     return model
 
 
-def _synchronised(name: str, module: nn.Module) -> type[nn.Module]:
-    """Return the class that a batch normalization becomes."""
-    kind = type(module)
-    if kind in _PLAIN or kind is BatchNorm:
-        return SyncBatchNorm
-    if issubclass(kind, SyncBatchNorm):
-        return kind
-    attributes: dict[str, Any] = {}
-    forward: Any = kind.forward
-    if kind in _LAZY:
-        attributes["cls_to_become"] = SyncBatchNorm
-    elif forward in (_BASE.forward, nn.SyncBatchNorm.forward):
-        attributes["forward"] = SyncBatchNorm.forward
-    elif kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
-        attributes["forward"] = _forward_with_activation
-    elif not _delegates(forward):
-        raise ConversionError(
-            f"cannot convert {name!r}: {kind.__name__} has a forward of its own that does not call "
-            "super().forward(), and converting would drop what it does; leave the layer out with "
-            "only=…, or replace it yourself"
-        )
-    # The layer's own class first: all that it overrides stays in force, and its super() is ours.
-    return type(f"Sync{kind.__name__}", (kind, SyncBatchNorm), attributes)
+def _check_forward(name: str, module: nn.Module) -> None:
+    """Raise if a layer, once converted, would not normalize with ours all the same."""
+    kind = own_class(type(module))
+    become: Any = kind.cls_to_become if issubclass(kind, LazyModuleMixin) else kind
+    for each in (kind, become):
+        if "forward" in vars(module) or not _leaves_normalizing(each):
+            raise ConversionError(
+                f"cannot convert {name!r}: {each.__name__} has a forward of its own that does not "
+                "call super().forward(), and converting would drop what it does; leave the layer "
+                "out with only=…, or replace it yourself"
+            )
+
+
+def _leaves_normalizing(kind: Any) -> bool:
+    """Return whether every forward of a class, down to torch's or ours, calls the next one."""
+    if has_timms_forward(kind):
+        return True
+    for each in kind.__mro__:
+        forward = vars(each).get("forward")
+        if forward in _FORWARDS:
+            return True
+        if forward is not None and not _delegates(forward):
+            return False
+    return False
 
 
 def _delegates(forward: Any) -> bool:
-    """Return whether a method leaves the normalising to its superclass."""
-    code = inspect.unwrap(forward).__code__
+    """Return whether a method leaves the normalizing to its superclass."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return (
-        "super" in code.co_names
+        code is not None
+        and "super" in code.co_names
         and "forward" in code.co_names
         and "batch_norm" not in code.co_names
     )
 
 
-def _forward_with_activation(self: Any, input: Tensor) -> Tensor:
-    return self.act(self.drop(SyncBatchNorm.forward(self, input)))
+def _warn_of_local_layers(model: nn.Module) -> None:
+    local = [
+        f"{name!r}, a {type(module).__name__}"
+        for name, module in model.named_modules()
+        if _keeps_statistics(module)
+    ]
+    if local:
+        warnings.warn(
+            "these layers keep running statistics, but are no subclass of torch's batch "
+            f"normalization: {'; '.join(local)}. They are not converted: where they normalize by "
+            "their batch, it is that of one replica",
+            ConversionWarning,
+            stacklevel=3,
+        )
+
+
+def _keeps_statistics(module: nn.Module) -> bool:
+    """Return whether a layer that is not converted looks like batch normalization."""
+    buffers = module._buffers  # pyright: ignore[reportPrivateUsage] -- of which None, without tracking, is told by nothing public
+    if isinstance(module, (_BASE, _InstanceNorm, Synchronised)):
+        return False  # converted or left out by choice; of one sample each; synchronised
+    # Frozen batch normalization has its weight for a buffer.
+    return bool({"running_mean", "running_var"} & set(buffers)) and "weight" not in buffers

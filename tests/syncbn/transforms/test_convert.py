@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import syncbn
-from syncbn.errors import ConversionError
+from syncbn.errors import ConversionError, ConversionWarning
+from syncbn.layers.converted import SyncBatchNorm2d
 from syncbn.transforms.convert import BatchNorm
 
 
@@ -55,7 +56,7 @@ def test_a_layer_alone_keeps_hooks_and_identity(layer: nn.Module) -> None:
     assert converted is layer
     assert isinstance(converted, syncbn.SyncBatchNorm)
     assert converted.process_group is None
-    assert calls == ["SyncBatchNorm"]
+    assert calls == [type(layer).__name__]
 
 
 def test_converting_twice_changes_nothing() -> None:
@@ -142,15 +143,99 @@ def test_lazy_layer_gets_its_shape_from_the_first_batch(revert_first: bool) -> N
         syncbn.revert_sync_batchnorm(layer)
         assert type(layer) is nn.LazyBatchNorm2d
     layer(torch.randn(3, 4, 2, 2))
-    assert type(layer) is (nn.BatchNorm2d if revert_first else syncbn.SyncBatchNorm)
+    assert type(layer) is (nn.BatchNorm2d if revert_first else SyncBatchNorm2d)
     syncbn.revert_sync_batchnorm(layer)
     assert type(layer) is nn.BatchNorm2d
     layer(torch.randn(3, 4, 2, 2))
 
 
+class _LazyTwin(nn.LazyBatchNorm2d):
+    pass
+
+
+def test_lazy_subclass_is_still_synchronized_after_the_first_batch() -> None:
+    layer = syncbn.convert_sync_batchnorm(_LazyTwin())
+    layer(torch.randn(3, 4, 2, 2))
+    assert type(layer) is SyncBatchNorm2d
+    assert type(syncbn.revert_sync_batchnorm(layer)) is nn.BatchNorm2d
+
+
+class _Clipped2dTwin(_ClippedNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class _OwnForward(nn.BatchNorm2d):
+    forward = staticmethod(lambda input: input)  # pyright: ignore[reportAssignmentType] -- as odd as users can be
+
+
+def _patched() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    layer.forward = layer.forward  # as tools do that wrap it
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: _Clipped2dTwin(4), lambda: _OwnForward(4), _patched],
+    ids=["behind super()", "not a method", "of the layer"],
+)
+def test_forward_that_would_not_be_synchronized_is_refused(make: Any) -> None:
+    with pytest.raises(ConversionError, match="has a forward of its own"):
+        syncbn.convert_sync_batchnorm(nn.Sequential(make()))
+
+
+def test_conversion_keeps_parametrizations_that_come_and_go() -> None:
+    layer = _parametrized()
+    syncbn.convert_sync_batchnorm(layer)
+    copy.deepcopy(layer)(torch.randn(3, 4, 2, 2))
+    parametrize.register_parametrization(layer, "bias", _Doubled())
+    syncbn.revert_sync_batchnorm(layer)
+    assert not isinstance(layer, syncbn.SyncBatchNorm)
+    assert parametrize.is_parametrized(layer, "bias")
+    syncbn.convert_sync_batchnorm(layer)
+    for name in ("weight", "bias"):
+        parametrize.remove_parametrizations(layer, name)
+    assert type(layer) is SyncBatchNorm2d
+    parametrize.register_parametrization(layer, "weight", _Doubled())
+    copied = copy.deepcopy(syncbn.revert_sync_batchnorm(layer))
+    copied(torch.randn(3, 4, 2, 2))
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.BatchNorm2d
+
+
 def test_torchs_frozen_norm_is_left_alone() -> None:
     layer = torchvision.ops.FrozenBatchNorm2d(4)
     assert type(syncbn.convert_sync_batchnorm(layer)) is torchvision.ops.FrozenBatchNorm2d
+
+
+class HeteroBatchNorm(nn.Module):  # as of torch_geometric
+    def __init__(self, tracked: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+        self.register_buffer("running_mean", torch.zeros(2, 3) if tracked else None)
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_layers_that_stay_local_are_named_in_a_warning(tracked: bool) -> None:
+    evonorm = timm.layers.EvoNorm2dB0(4)  # pyright: ignore[reportPrivateImportUsage] -- as above
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(evonorm, HeteroBatchNorm(tracked)))
+    with pytest.warns(ConversionWarning) as caught:
+        syncbn.convert_sync_batchnorm(model)
+    assert len(caught) == 1
+    assert "'1.0', a EvoNorm2dB0; '1.1', a HeteroBatchNorm. They are not" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert isinstance(model[0], syncbn.SyncBatchNorm)
+
+
+def test_layers_that_need_no_conversion_cause_no_warning() -> None:
+    model = nn.Sequential(
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        torchvision.ops.FrozenBatchNorm2d(4),
+        syncbn.SyncWhitening(4, 2),
+        nn.BatchNorm2d(4),
+    )
+    syncbn.convert_sync_batchnorm(model, only=lambda name, layer: False)
 
 
 def test_reverting_restores_every_class_and_attribute() -> None:
