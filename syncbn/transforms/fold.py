@@ -17,9 +17,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from syncbn.errors import ConversionError
 from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.layers.converted import PLAIN
 from syncbn.transforms.tracing import KeptError, Trace, copy_of, is_plain, norms, traces_of
 
-_ANY_RANK = (nn.SyncBatchNorm, SyncBatchNorm)
+_ANY_RANK = (nn.SyncBatchNorm, *PLAIN)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_ANY_RANK)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What may follow what: a BatchNorm2d checks that its input is (N, C, H, W), and so that the

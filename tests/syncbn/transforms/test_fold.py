@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from syncbn import SyncBatchNorm
+from syncbn import SyncBatchNorm, convert_sync_batchnorm
 from syncbn.errors import ConversionError
 from syncbn.transforms.fold import drop_redundant_bias, fold
 
@@ -85,6 +85,16 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.SyncBatchNorm(6)),
         (2, 4, 5, 5),
     ),
+    **{
+        f"converted {name}": (lambda make=make: convert_sync_batchnorm(make()), shape)
+        for name, (make, shape) in {
+            "linear": (lambda: nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), (5, 4)),
+            "1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)), (2, 4, 5)),
+            "2d": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), (2, 4, 5, 5)),
+            "3d": (lambda: nn.Sequential(nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6)), (2, 4, 3, 3, 3)),
+            "torch's": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.SyncBatchNorm(6)), (2, 4, 5)),
+        }.items()
+    },
     "our SyncBatchNorm": (
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), SyncBatchNorm(6, bias=False)),
         (2, 4, 5, 5),
@@ -95,7 +105,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_pair_is_folded_and_computes_the_same(name: str) -> None:
     make, shape = PAIRS[name]
-    model = nn.Sequential(nn.Flatten() if name == "linear" else nn.Identity(), _realistic(make()))
+    model = nn.Sequential(nn.Flatten() if "linear" in name else nn.Identity(), _realistic(make()))
     before = copy.deepcopy(model.state_dict())
     folding = fold(model)
     assert folding.folded == ("1.1",)
