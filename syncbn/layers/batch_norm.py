@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from syncbn.comm.exchange import Call, refuse
@@ -13,6 +13,7 @@ from syncbn.errors import InputError
 from syncbn.kernels.native import track
 from syncbn.kernels.protocol import ReferenceKernels
 from syncbn.layers.base import Synchronised, adopt, check_reducer, refuse_join
+from syncbn.layers.recorded import record
 from syncbn.moments import Moments
 from syncbn.ops.batch_norm import alike, normalize, reason_to_refuse
 
@@ -118,12 +119,16 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
         the same pass if the residual has the input's shape and dtype, and as the separate
         operations would otherwise.
         """
+        if isinstance(input, fx.Proxy):
+            return record(self, input, residual)
         self._check_input_dim(input)
         self._check_input(input)
-        fits = residual is None or alike(input, residual)
-        if fits and self.training:
+        if not self.training:
+            output = self._evaluate(input)
+        elif residual is None or alike(input, residual):
             return self._train(input, residual, self.fuses_relu)
-        output = self._train(input, None, False) if self.training else self._evaluate(input)
+        else:
+            output = self._train(input, None, False)
         return _separately(output, residual, self.fuses_relu)
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -139,6 +144,13 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
         """Accept any input; a converted layer's own class may be stricter."""
 
     def _check_input(self, input: Tensor) -> None:
+        if torch._C._get_tracing_state():  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- the public torch.jit.is_tracing() takes three times as long
+            if self.training:
+                raise InputError(
+                    "torch.jit.trace cannot record the training of a synchronized layer; call "
+                    "model.eval(), or revert_sync_batchnorm(model), before"
+                )
+            return  # sizes are no numbers now; torch's operations check them
         reason = reason_to_refuse(input)
         if input.dim() < 2 or input.shape[1] != self.num_features:
             shape = tuple(input.shape)
@@ -151,14 +163,21 @@ class SyncBatchNorm(Synchronised, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
     def _evaluate(self, input: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
+        traced = bool(torch._C._get_tracing_state())  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- as in _check_input
         if mean is None or variance is None:
+            if traced:  # which sees torch's operations alone
+                scale, offset = (p if p is None else p.double() for p in (self.weight, self.bias))  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
+                output = torch.batch_norm(
+                    input.double(), scale, offset, None, None, True, 0.0, self.eps, False
+                )
+                return output.to(input.dtype)
             # The batch's own statistics stand in, unsynchronised: torch's rule.
             call = Call(SingleReplica(), None, self.num_features, input.dtype)
             return normalize(input, self.weight, self.bias, None, self.eps, False, call)[0]
         parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
         dtypes = {parameter.dtype for parameter in parameters}
         if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and not (traced or torch.compiler.is_compiling()):
                 # What the backward pass will read must not change when a later forward, or DDP,
                 # writes the buffers.
                 mean, variance = mean.clone(), variance.clone()
