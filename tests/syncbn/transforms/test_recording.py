@@ -18,7 +18,6 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import syncbn
 from syncbn.errors import InputError
-from tests.support.world import run_world
 
 QUANTIZATION: Any = importlib.import_module("torch.ao.quantization.quantize_fx")  # is deprecated
 
@@ -195,13 +194,8 @@ def test_traced_model_follows_the_running_statistics_and_has_gradients() -> None
     torch.testing.assert_close(*gradients)
 
 
-def _traced_in_training() -> None:
+def test_jit_tracing_of_training_is_refused() -> None:
     layer = syncbn.SyncBatchNorm(4)
     with pytest.raises(InputError, match=r"cannot record the training .* call model.eval\(\)"):
         torch.jit.trace(layer, _x(3, 4, 2, 2))
     layer(_x(3, 4, 2, 2))
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_jit_tracing_of_training_is_refused(world_size: int) -> None:
-    run_world(world_size, _traced_in_training)
