@@ -231,7 +231,7 @@ def _layer_in(model: nn.Module, norm: str, trace: Trace) -> str:
     if kind not in _FOLLOWERS:
         raise KeptError(f"it follows {layer!r}, a {kind.__name__}; {_names(_FOLLOWERS)} would do")
     if len(node.args) + len(node.kwargs) != 1:
-        raise KeptError("it adds a residual itself; fold the model as it was before fuse()")
+        raise KeptError("it adds a residual itself")
     if len(source.users) != 1 or source in trace.held:
         raise KeptError(f"the output of {layer!r} before it is used elsewhere too")
     return layer
@@ -252,7 +252,7 @@ def _check_layer(model: nn.Module, name: str, traces: list[Trace], uses: Counter
     elif not is_plain(module):
         reason = "has hooks or an exchanged forward"
     elif isinstance(module, SyncBatchNorm) and module.fuses_relu:
-        reason = "takes a ReLU itself; fold the model as it was before fuse()"
+        reason = "takes a ReLU itself"
     elif uses[id(module)] != 1 or any(len(trace.calls.get(name, ())) > 1 for trace in traces):
         reason = "is used in more than one place"
     elif any(uses[id(tensor)] != 1 for tensor in tensors):
