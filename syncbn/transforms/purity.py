@@ -9,6 +9,7 @@ nothing else that can change.
 import dis
 import enum
 import functools
+import gc
 import inspect
 import itertools
 import sys
@@ -52,15 +53,21 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.codes: dict[CodeType, dict[str, Any]] = {}
         self._before: Any = None
+        self._collects = True
 
     def __enter__(self) -> "Watch":
         super().__enter__()
+        # What the garbage collector calls, such as a test's own clock, is not the forward's code.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._before = sys.getprofile()
         sys.setprofile(self._record)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         sys.setprofile(self._before)
+        if self._collects:
+            gc.enable()
         super().__exit__(*exception)
 
     def __torch_function__(
