@@ -153,7 +153,7 @@ class _SeveralHosts:
             group = self._group()
             if group is None:
                 raise ReplicaError("the process group has been destroyed")
-            _connections[group].allreduce([total]).wait()
+            _connections[group].allreduce([total]).wait()  # pyright: ignore[reportAttributeAccessIssue] -- its stub lacks what it inherits
         except BaseException:
             self._channel.give_up()
             raise
@@ -175,7 +175,7 @@ def _connection(
         timeout: how long to wait for the other leaders.
     """
     store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] -- through which every group's ranks find each other
-    own = dist.PrefixStore(f"syncbn/hosts/{keys[0]}", store)
+    own = dist.PrefixStore(f"syncbn/hosts/{keys[0]}", store)  # pyright: ignore[reportPrivateImportUsage] -- documented
     return dist.ProcessGroupGloo(own, place, len(leaders), timeout)
 
 

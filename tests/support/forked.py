@@ -34,7 +34,7 @@ def in_forked_child(function: Callable[[], T], deadline_s: int = 20) -> T:
         os.write(sender, outcome)
         os._exit(0)
     os.close(sender)
-    with open(receiver, "rb") as pipe:
+    with os.fdopen(receiver, "rb") as pipe:
         outcome = pipe.read()
     _, status = os.waitpid(child, 0)
     if not outcome:

@@ -57,6 +57,7 @@ def test_forked_child_may_not_sum_and_its_parents_go_on(
 
 def _select_first_in_child() -> None:
     group = dist.new_group([0, 1])
+    assert isinstance(group, dist.ProcessGroup)
     for choice in ("auto", "process_group"):
         for each in (None, group):
 
