@@ -1,33 +1,55 @@
 """The reducer that works everywhere: one all-reduce of a `torch.distributed` process group."""
 
-from dataclasses import dataclass
+import weakref
 
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.comm import fork
+from syncbn.errors import ReplicaError
 
-@dataclass(frozen=True)
+
 class ProcessGroupReducer:
     """Sums over the ranks of a process group, of any backend and device.
 
-    Attributes:
+    Does not keep the group alive: the graph of an old loss may hold the reducer for longer than
+    the user wants the group, and its threads, to live.
+
+    Args:
         group: the process group. Its time-out bounds every wait.
+
+    Attributes:
+        world_size: how many ranks the group has.
+        rank: this replica's number in the group.
     """
 
-    group: dist.ProcessGroup
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._depth = fork.depth
 
     @property
-    def world_size(self) -> int:
-        """How many ranks the group has."""
-        return dist.get_world_size(self.group)
+    def group(self) -> dist.ProcessGroup:
+        """The process group.
 
-    @property
-    def rank(self) -> int:
-        """This replica's number in the group."""
-        return dist.get_rank(self.group)
+        Raises:
+            ReplicaError: it has been destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise ReplicaError("the process group has been destroyed")
+        return group
 
     def sum(self, vector: Tensor) -> Tensor:
-        """Return the sum over the group's ranks; one all-reduce of the vector's size."""
+        """Return the sum over the group's ranks; one all-reduce of the vector's size.
+
+        Raises:
+            ReplicaError: this process was forked from the group's member, or the group has been
+                destroyed.
+        """
+        if self._depth != fork.depth:
+            raise fork.refuse()
         total = vector.clone()
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total

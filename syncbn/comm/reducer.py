@@ -5,15 +5,30 @@ Every reducer passes `tests/contracts/test_reducers.py`.
 
 import os
 import weakref
+from types import FunctionType
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 
+from syncbn.comm import fork
 from syncbn.comm.process_group import ProcessGroupReducer
 from syncbn.comm.shared_memory import SharedMemoryReducer
 from syncbn.errors import InputError
+
+# torch.distributed.nn.functional has the default group of the moment when it is first imported as a
+# default argument, and the first optimizer imports it. A group that was initialized by then would
+# live until the interpreter is finalized, and its threads would now and then abort the process
+# while it ends. Hence imported here; and if a group got there before, give the functions what they
+# have if imported early: None, which means the default group at the time of the call.
+for _function in vars(torch.distributed.nn.functional).values():
+    if isinstance(_function, FunctionType) and _function.__defaults__ is not None:
+        _function.__defaults__ = tuple(
+            None if isinstance(default, dist.ProcessGroup) else default
+            for default in _function.__defaults__
+        )
 
 
 class Reducer(Protocol):
@@ -54,10 +69,18 @@ class SingleReplica:
         return vector
 
 
+_SINGLE = SingleReplica()
+
+
 VARIABLE = "SYNCBN_REDUCER"
 CHOICES = ("auto", "shared_memory", "process_group")
-_shared: "weakref.WeakKeyDictionary[dist.ProcessGroup, SharedMemoryReducer]"
-_shared = weakref.WeakKeyDictionary()
+
+# What was selected for a group, by (choice, whether the vectors are on the CPU). No reducer keeps
+# its group alive, so that a group's entry goes away with it.
+_selected: "weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, bool], Reducer]]"
+_selected = weakref.WeakKeyDictionary()
+# A forked child selects for itself, and finds out that the groups are its parent's.
+os.register_at_fork(after_in_child=_selected.clear)
 
 
 def select_reducer(
@@ -71,57 +94,63 @@ def select_reducer(
     share memory, use the process group.
 
     Args:
-        process_group: None means the default group, or a single replica where
-            `torch.distributed` is not initialised.
+        process_group: None means the default group, or a single replica if `torch.distributed` is
+            not initialized.
         device: of the vectors to sum; None means the CPU.
-        choice: `shared_memory` insists on it, and fails where it is impossible; `process_group`
-            does without; `auto` is the rule. None takes the environment variable SYNCBN_REDUCER, or
+        choice: `shared_memory` insists on it, and fails if it is impossible; `process_group` does
+            without; `auto` is the rule. None takes the environment variable SYNCBN_REDUCER, or
             `auto`. All ranks must choose the same.
 
     Raises:
         InputError: the choice is none of these, or shared memory for a device or group without.
+        ReplicaError: this process was forked from a member of the group, and is none itself.
     """
-    if process_group is None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return SingleReplica()
-        process_group = dist.group.WORLD
-    assert process_group is not None  # the default group exists once initialised
-    if dist.get_world_size(process_group) <= 1:
-        return SingleReplica()
+    group = dist.group.WORLD if process_group is None else process_group
+    if not isinstance(group, dist.ProcessGroup):  # not initialized, or not a member of the group
+        return _SINGLE
     if torch.compiler.is_compiling():  # a graph holds a group by its name, and selects when it runs
-        return ProcessGroupReducer(process_group)
-    choice = choice or os.environ.get(VARIABLE) or "auto"
+        return _SINGLE if dist.get_world_size(group) <= 1 else ProcessGroupReducer(group)
+    wish = choice or os.environ.get(VARIABLE) or "auto", device is None or device.type == "cpu"
+    known = _selected.get(group)
+    reducer = None if known is None else known.get(wish)
+    if reducer is None:
+        reducer = _select(group, *wish, device)
+        # Of several threads that come here first, all get the same.
+        reducer = _selected.setdefault(group, {}).setdefault(wish, reducer)
+    return reducer
+
+
+def _select(
+    group: dist.ProcessGroup, choice: str, on_cpu: bool, device: torch.device | None
+) -> Reducer:
+    if dist.get_world_size(group) <= 1:
+        return _SINGLE
+    fork.require_own(group)
     if choice not in CHOICES:
         raise InputError(
             f"the reducer, or {VARIABLE}, is {choice!r}; set it to {' or '.join(CHOICES)}"
         )
     insist = choice == "shared_memory"
-    on_cpu = device is None or device.type == "cpu"
     if insist and not on_cpu:
         raise InputError(
             f"shared memory was chosen, and the vectors are on {device}; it is for the CPU alone, "
             "choose 'auto' or 'process_group'"
         )
-    if choice == "process_group" or not on_cpu:
-        return ProcessGroupReducer(process_group)
-    reducer = _shared.get(process_group)
-    if reducer is not None and reducer.insist == insist:
-        return reducer
-    if not _exchanges_on_cpu(process_group):
+    if choice != "process_group" and on_cpu:
+        if _exchanges_on_cpu(group):
+            return SharedMemoryReducer(group, insist)
         if insist:
-            backends = dist.get_backend_config(process_group)
+            backends = dist.get_backend_config(group)
             raise InputError(
                 f"shared memory was chosen, and the group's backends are {backends}; it takes gloo "
                 "for the CPU, choose 'auto' or 'process_group'"
             )
-        return ProcessGroupReducer(process_group)
-    reducer = _shared[process_group] = SharedMemoryReducer(process_group, insist)
-    return reducer
+    return ProcessGroupReducer(group)
 
 
 def _exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
     """Return whether a group's ranks are real and can talk to each other about CPU memory."""
-    return "cpu:gloo" in dist.get_backend_config(group)
+    return "cpu:gloo" in dist.get_backend_config(group).split(",")
 
 
 __all__ = [

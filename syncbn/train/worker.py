@@ -1,6 +1,7 @@
 """One rank of a job: agree on the job with the others, join the process group, train."""
 
 import faulthandler
+import gc
 import json
 import logging
 import multiprocessing
@@ -101,11 +102,11 @@ def _torchrun() -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    """End this process without finalising the interpreter.
+    """End this process without finalizing the interpreter.
 
-    DistributedDataParallel keeps the process group alive past `destroy_process_group`, and a gloo
-    thread that lets go of its last tensor while Python is being finalised aborts the process (seen
-    with torch 2.14 in one of 25 runs; github.com/pytorch/pytorch/pull/179291).
+    After a failure, the exception's frames hold the DistributedDataParallel wrapper, which keeps
+    the process group alive past `destroy_process_group`. A gloo thread that lets go of its last
+    tensor while Python is being finalized aborts the process (pytorch/pytorch#179291).
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -196,6 +197,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         watch.end()
         for loader_worker in multiprocessing.active_children():
             loader_worker.kill()  # it hangs, and ignores what Python would end it by, and wait for
+        gc.collect()  # the wrapper may be in a circle, and would keep the group's threads alive
         dist.destroy_process_group()
     if rank == 0 and result.status == "finished":
         print(summarise(run.path))
