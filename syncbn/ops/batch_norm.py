@@ -274,13 +274,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     """Save what the backward pass reads; the same number of tensors, whoever computes."""
     x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # The ReLU's mask is found again from x and the bias, unless a residual was added.
-    ctx.relu = relu and residual is None
+    # The ReLU's mask is found again from x and the bias, unless a residual was added, or a tangent
+    # needs y itself.
+    ctx.relu = relu and residual is None and not _forward_mode()
     kept_bias = bias if ctx.relu else None
-    kept_output = y if relu and residual is not None else None
-    ctx.save_for_backward(x, weight, kept_bias, kept_output, statistics)
+    kept_output = y if relu and not ctx.relu else None
+    saved = x, weight, kept_bias, kept_output, statistics
+    ctx.save_for_backward(*saved)
     if _forward_mode():
-        ctx.save_for_forward(x, weight, y if relu else None, statistics)
+        ctx.save_for_forward(*saved)  # the same: vmap knows the axis of members of one list alone
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
