@@ -15,7 +15,13 @@ from syncbn.kernels.reference import ReferenceKernels
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
 from syncbn.layers.recorded import record
 from syncbn.moments import Moments
-from syncbn.ops.batch_norm import alike, global_moments, normalize, reason_to_refuse
+from syncbn.ops.batch_norm import (
+    alike,
+    global_moments,
+    normalize,
+    reason_to_refuse,
+    reason_to_refuse_parameters,
+)
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
@@ -136,6 +142,9 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         weight, bias = self.weight, self.bias
         kernels = select_kernels(input, weight, bias, residual)
         exchange = self._exchange(input)
+        if reason := reason_to_refuse_parameters(input, weight, bias):
+            exchange.refuse(input.device, reason)
+            raise InputError(reason)
         moments = global_moments(input, kernels, exchange)
         output = normalize(
             input, moments, weight, bias, residual, self.eps, relu, kernels, exchange
@@ -177,10 +186,12 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                 return output.to(input.dtype)
             # The batch's own statistics stand in, unsynchronised: torch's rule.
             alone = Exchange(SingleReplica(), None, self.num_features, input.dtype)
-            kernels = select_kernels(input, self.weight, self.bias)
+            weight, bias = self.weight, self.bias
+            if reason := reason_to_refuse_parameters(input, weight, bias):
+                raise InputError(reason)
+            kernels = select_kernels(input, weight, bias)
             moments = global_moments(input, kernels, alone)
-            parameters = self.weight, self.bias, None
-            return normalize(input, moments, *parameters, self.eps, False, kernels, alone)
+            return normalize(input, moments, weight, bias, None, self.eps, False, kernels, alone)
         parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
         dtypes = {parameter.dtype for parameter in parameters}
         if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):

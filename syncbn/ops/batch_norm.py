@@ -80,9 +80,9 @@ def sync_batch_norm(
 
     Raises:
         InputError: x is not floating point, has fewer than two dimensions, or no channels, or the
-            residual is not like x, or the reducer is impossible (on this replica, before anything
-            is sent); or all replicas together hold one value per channel, whose
-            variance is undefined (on every replica, after the reduction).
+            residual is not like x, or weight or bias not of shape (C,), or the reducer is
+            impossible (on this replica, before anything is sent); or all replicas together hold one
+            value per channel, whose variance is undefined (on every replica, after the reduction).
         ReplicaError: the all-reduce failed, or what the replicas sent does not belong together.
 
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the gradient of
@@ -94,7 +94,7 @@ def sync_batch_norm(
             f"expected a residual like the input, of shape {tuple(x.shape)}, {x.dtype}, on "
             f"{x.device}; got {tuple(residual.shape)}, {residual.dtype}, on {residual.device}"
         )
-    if reason:
+    if reason := reason or reason_to_refuse_parameters(x, weight, bias):
         raise InputError(reason)
     sums = select_reducer(process_group, x.device, reducer)
     exchange = Exchange(sums, None, x.shape[1], x.dtype)
@@ -118,6 +118,21 @@ def reason_to_refuse(x: Tensor) -> str:
             "synchronized layer does not know; pass x.to_local() of a tensor that is sharded along "
             "N, and wrap the result by DTensor.from_local"
         )
+    return ""
+
+
+def reason_to_refuse_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Return what is wrong with the parameters for an input that is good; '' for nothing.
+
+    The native kernels read as many values as the input has channels, whether they are there or not.
+    """
+    channels = x.shape[1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (channels,):
+            shape = tuple(parameter.shape)
+            return (
+                f"expected a {name} of shape ({channels},) like the input's channels, got {shape}"
+            )
     return ""
 
 

@@ -347,15 +347,15 @@ def _ensemble_differentiated_outside(relu: bool, added: bool) -> None:
         added_to = residual if added else None
         return syncbn.sync_batch_norm(x, weight, bias, relu=relu, residual=added_to)[0]
 
-    def loss(*parts: Tensor) -> Tensor:
-        return torch.vmap(member)(*parts, residual).pow(3).sum()
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.vmap(member)(x, weight, bias, residual).pow(3).sum()
 
-    leaves = [part.requires_grad_() for part in (x, weight, bias)]
-    alone = [member(*(part[i] for part in leaves), residual[i]) for i in range(2)]
-    expected = torch.autograd.grad(torch.stack(alone).pow(3).sum(), leaves)
-    torch.testing.assert_close(torch.autograd.grad(loss(*leaves), leaves), expected)
-    parts = [part.detach() for part in leaves]
-    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(*parts), expected)
+    parts = tuple(part.requires_grad_() for part in (x, weight, bias))
+    alone = [member(*each) for each in zip(*parts, residual, strict=True)]
+    expected = torch.autograd.grad(torch.stack(alone).pow(3).sum(), parts)
+    torch.testing.assert_close(torch.autograd.grad(loss(x, weight, bias), parts), expected)
+    of_parts = torch.func.grad(loss, argnums=(0, 1, 2))
+    torch.testing.assert_close(of_parts(*(part.detach() for part in parts)), expected)
 
 
 @pytest.mark.parametrize("added", [False, True])
