@@ -73,10 +73,13 @@ class NativeKernels:
     ) -> None:
         """Move running statistics, in place, towards the moments of a batch."""
         buffers = running_mean, running_var, num_batches_tracked
+        channels = moments.packed.shape[0] // 2
         if not (
             is_unobserved()
             and are_plain(moments.packed, *buffers)
             and (momentum is None or momentum >= 0)
+            and running_mean.shape == running_var.shape == (channels,)
+            and num_batches_tracked.dim() == 0
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()
@@ -86,7 +89,7 @@ class NativeKernels:
             return
         _library().syncbn_update_running(
             moments.packed.data_ptr(),
-            running_mean.shape[0],
+            channels,
             -1.0 if momentum is None else momentum,
             running_mean.data_ptr(),
             running_var.data_ptr(),

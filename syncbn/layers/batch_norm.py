@@ -15,7 +15,14 @@ from syncbn.kernels.reference import ReferenceKernels
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
 from syncbn.layers.recorded import record
 from syncbn.moments import Moments
-from syncbn.ops.batch_norm import alike, global_moments, normalize, reason_to_refuse
+from syncbn.ops.batch_norm import (
+    alike,
+    global_moments,
+    normalize,
+    reason_to_refuse,
+    reason_to_refuse_parameters,
+    reason_to_refuse_sharded,
+)
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
 
@@ -122,7 +129,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         if isinstance(input, fx.Proxy):
             return record(self, input, residual)
         self._check_input_dim(input)
-        self._check_input(input)
+        self._check_input(input, residual)
         if not self.training:
             output = self._evaluate(input)
         elif residual is None or alike(input, residual):
@@ -136,6 +143,9 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         weight, bias = self.weight, self.bias
         kernels = select_kernels(input, weight, bias, residual)
         exchange = self._exchange(input)
+        if reason := reason_to_refuse_parameters(input, weight, bias):
+            exchange.refuse(input.device, reason)
+            raise InputError(reason)
         moments = global_moments(input, kernels, exchange)
         output = normalize(
             input, moments, weight, bias, residual, self.eps, relu, kernels, exchange
@@ -147,7 +157,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any input; a converted layer's own class may be stricter."""
 
-    def _check_input(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor, residual: Tensor | None) -> None:
         if torch._C._get_tracing_state():  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- the public torch.jit.is_tracing() takes three times as long
             if self.training:
                 raise InputError(
@@ -155,8 +165,10 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                     "model.eval(), or revert_sync_batchnorm(model), before"
                 )
             return  # sizes are no numbers now; torch's operations check them
-        reason = reason_to_refuse(input)
-        if input.dim() < 2 or input.shape[1] != self.num_features:
+        reason = reason_to_refuse(input) or reason_to_refuse_sharded(
+            residual, self.weight, self.bias, self.running_mean
+        )
+        if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
             shape = tuple(input.shape)
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
         if not reason:
@@ -177,10 +189,12 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                 return output.to(input.dtype)
             # The batch's own statistics stand in, unsynchronised: torch's rule.
             alone = Exchange(SingleReplica(), None, self.num_features, input.dtype)
-            kernels = select_kernels(input, self.weight, self.bias)
+            weight, bias = self.weight, self.bias
+            if reason := reason_to_refuse_parameters(input, weight, bias):
+                raise InputError(reason)
+            kernels = select_kernels(input, weight, bias)
             moments = global_moments(input, kernels, alone)
-            parameters = self.weight, self.bias, None
-            return normalize(input, moments, *parameters, self.eps, False, kernels, alone)
+            return normalize(input, moments, weight, bias, None, self.eps, False, kernels, alone)
         parameters = [p for p in (self.weight, self.bias, mean, variance) if p is not None]  # pyright: ignore[reportUnnecessaryComparison] -- as in reset_parameters
         dtypes = {parameter.dtype for parameter in parameters}
         if dtypes == {input.dtype} or (dtypes == {torch.float32} and input.dtype != torch.float64):

@@ -16,7 +16,7 @@ from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
-from syncbn.ops.batch_norm import reason_to_refuse
+from syncbn.ops.batch_norm import reason_to_refuse, reason_to_refuse_sharded
 from syncbn.ops.covariance import global_covariance
 from syncbn.ops.inverse_sqrt import inverse_root
 
@@ -171,8 +171,10 @@ class SyncWhitening(Synchronized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the whitened input, of the same shape, dtype and memory format."""
-        reason = reason_to_refuse(input)
-        if input.dim() < 2 or input.shape[1] != self.num_features:
+        reason = reason_to_refuse(input) or reason_to_refuse_sharded(
+            self.weight, self.bias, self.running_mean
+        )
+        if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
             shape = tuple(input.shape)
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
         if reason:

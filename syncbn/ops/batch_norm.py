@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncbn._native.plain import has_memory, is_unobserved, transforming
 from syncbn.comm.exchange import Exchange
@@ -21,6 +21,7 @@ from syncbn.moments import Moments, from_summable, statistics_of, to_summable
 from syncbn.ops.all_reduce import all_reduce
 from syncbn.ops.derivatives import as_function_of, tangent
 
+_UNSHARDED = (Tensor, nn.Parameter, type(None))
 # The smallest eps whose 1/√eps the dtype can hold.
 _LEAST_EPS = {
     dtype: torch.finfo(dtype).max ** -2
@@ -80,21 +81,21 @@ def sync_batch_norm(
 
     Raises:
         InputError: x is not floating point, has fewer than two dimensions, or no channels, or the
-            residual is not like x, or the reducer is impossible (on this replica, before anything
-            is sent); or all replicas together hold one value per channel, whose
-            variance is undefined (on every replica, after the reduction).
+            residual is not like x, or weight or bias not of shape (C,), or the reducer is
+            impossible (on this replica, before anything is sent); or all replicas together hold one
+            value per channel, whose variance is undefined (on every replica, after the reduction).
         ReplicaError: the all-reduce failed, or what the replicas sent does not belong together.
 
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the gradient of
     section 3.
     """
-    reason = reason_to_refuse(x)
-    if residual is not None and not alike(x, residual):
+    reason = reason_to_refuse(x) or reason_to_refuse_sharded(residual)
+    if residual is not None and not reason and not alike(x, residual):
         reason = (
             f"expected a residual like the input, of shape {tuple(x.shape)}, {x.dtype}, on "
             f"{x.device}; got {tuple(residual.shape)}, {residual.dtype}, on {residual.device}"
         )
-    if reason:
+    if reason := reason or reason_to_refuse_parameters(x, weight, bias):
         raise InputError(reason)
     sums = select_reducer(process_group, x.device, reducer)
     exchange = Exchange(sums, None, x.shape[1], x.dtype)
@@ -112,19 +113,39 @@ def reason_to_refuse(x: Tensor) -> str:
         return f"expected channels to normalise, got an input of shape {tuple(x.shape)}"
     if not x.is_floating_point():
         return f"expected a floating-point input, got {x.dtype}; convert it first"
-    if _is_distributed(x):
-        return (
-            "expected a tensor of this replica's share, got a DTensor, whose placement a "
-            "synchronized layer does not know; pass x.to_local() of a tensor that is sharded along "
-            "N, and wrap the result by DTensor.from_local"
-        )
+    return reason_to_refuse_sharded(x)
+
+
+def reason_to_refuse_sharded(*tensors: Tensor | None) -> str:
+    """Return what is wrong if one of the tensors is a DTensor; '' for nothing."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return ""  # then there are no such tensors
+    for tensor in tensors:
+        if type(tensor) not in _UNSHARDED and isinstance(tensor, module.DTensor):
+            return (
+                "expected tensors of this replica's share, got a DTensor, whose placement a "
+                "synchronized layer does not know; pass x.to_local() of an input that is sharded "
+                "along N, keep parameters whole, and wrap the result by DTensor.from_local"
+            )
     return ""
 
 
-def _is_distributed(x: Tensor) -> bool:
-    if type(x) is Tensor or "torch.distributed.tensor" not in sys.modules:
-        return False  # by far the most; and without the module there are no such tensors
-    return isinstance(x, sys.modules["torch.distributed.tensor"].DTensor)
+def reason_to_refuse_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Return what is wrong with the parameters for an input that is good; '' for nothing.
+
+    The native kernels read as many values as the input has channels, whether they are there or not.
+    """
+    if reason := reason_to_refuse_sharded(weight, bias):
+        return reason
+    channels = x.shape[1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (channels,):
+            shape = tuple(parameter.shape)
+            return (
+                f"expected a {name} of shape ({channels},) like the input's channels, got {shape}"
+            )
+    return ""
 
 
 def alike(x: Tensor, residual: Tensor) -> bool:
@@ -274,13 +295,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     """Save what the backward pass reads; the same number of tensors, whoever computes."""
     x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # The ReLU's mask is found again from x and the bias, unless a residual was added.
-    ctx.relu = relu and residual is None
+    # The ReLU's mask is found again from x and the bias, unless a residual was added, or a tangent
+    # needs y itself.
+    ctx.relu = relu and residual is None and not _forward_mode()
     kept_bias = bias if ctx.relu else None
-    kept_output = y if relu and residual is not None else None
-    ctx.save_for_backward(x, weight, kept_bias, kept_output, statistics)
+    kept_output = y if relu and not ctx.relu else None
+    saved = x, weight, kept_bias, kept_output, statistics
+    ctx.save_for_backward(*saved)
     if _forward_mode():
-        ctx.save_for_forward(x, weight, y if relu else None, statistics)
+        ctx.save_for_forward(*saved)  # the same: vmap knows the axis of members of one list alone
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,7 +326,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         norm = as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
     dweight = dbias = None
-    if kernels is PLAIN and not (weight is None or weight.dtype is not torch.float32):
+    if kernels is PLAIN and weight is not None and weight.dtype is torch.float32:
         dweight = torch.empty_like(weight) if needs[1] else None
         dbias = torch.empty_like(weight) if needs[2] and ctx.bias_dtype is weight.dtype else None
         sums = PLAIN.reduce_rounded(dy, x, norm, dweight, dbias)
@@ -311,6 +334,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         sums = kernels.backward_reduce(dy, x, norm)
     dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
     if needs[1] and dweight is None:
+        assert weight is not None  # as its gradient is needed
         dweight = sums.chunk(2)[1].to(weight.dtype)
     if needs[2] and dbias is None:
         dbias = sums.chunk(2)[0].to(ctx.bias_dtype)

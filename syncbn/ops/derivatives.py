@@ -34,7 +34,7 @@ def tangent(
             "batch normalization cannot take tangents of tangents, such as jacfwd(jacfwd(f)); take "
             "jacfwd(jacrev(f)), which is torch.func.hessian, or jacrev(jacfwd(f))"
         )
-    x, weight, y, statistics = ctx.saved_tensors
+    x, weight, _, y, statistics = ctx.saved_tensors
     norm = as_function_of(x, Normalization(statistics, weight), ctx.exchange)
     kernels = ReferenceKernels()
     result = torch.zeros_like(x)

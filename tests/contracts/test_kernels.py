@@ -353,6 +353,15 @@ def test_running_statistics_of_two_dtypes_are_moved(kernels: Kernels) -> None:
     assert torch.equal(var, moments.unbiased_variance())
 
 
+@pytest.mark.parametrize("sizes", [(4, 5), (5, 4), (6, 5), (5, 6), (4, 4), (6, 6)])
+def test_running_statistics_of_another_size_are_refused(
+    kernels: Kernels, sizes: tuple[int, int]
+) -> None:
+    mean, var = (torch.zeros(size) for size in sizes)
+    with pytest.raises(RuntimeError, match="size"):
+        kernels.update_running(_batch(7.0), mean, var, torch.tensor(0), 0.1)
+
+
 def test_moments_are_left_as_they_are(kernels: Kernels) -> None:
     moments = _batch(7.0)
     before = moments.packed.clone()

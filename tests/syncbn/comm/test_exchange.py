@@ -188,6 +188,25 @@ def test_input_refused_on_one_rank_ends_the_call_on_all(checked: bool) -> None:
     )
 
 
+def _pruned_on_one_rank() -> str:
+    model = _Net()
+    if dist.get_rank() == 0:
+        return _error_of(lambda: model.first(_batch()))
+    model.first.weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(InputError) as caught:
+        model.first(_batch())
+    return str(caught.value)
+
+
+def test_parameter_refused_on_one_rank_ends_the_call_on_all() -> None:
+    other, own = run_world(2, _pruned_on_one_rank)
+    assert own == "expected a weight of shape (4,) like the input's channels, got (2,)"
+    assert (
+        f"rank 1 is at the forward of 'first' (4 channels, float32) and refuses its input: {own}"
+        in other
+    )
+
+
 def _killed(file: Path) -> None:
     model = _Net()
     model.first(_batch())

@@ -1,4 +1,5 @@
 import os
+import re
 from typing import Any
 
 import pytest
@@ -235,6 +236,25 @@ def test_reset_restores_a_new_layer() -> None:
 def test_unfit_input_is_refused(x: Tensor, message: str) -> None:
     with pytest.raises(InputError, match=message):
         syncbn.SyncBatchNorm(CHANNELS)(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("shape", [(2,), (4,), (1,), (3, 1)])
+def test_parameter_that_does_not_fit_the_channels_is_refused(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    message = rf"a {name} of shape \(3,\) like the input's channels, got {re.escape(str(shape))}"
+    x = torch.zeros(2, 3)
+    for track in (True, False):
+        layer = syncbn.SyncBatchNorm(CHANNELS, track_running_stats=track)
+        setattr(layer, name, nn.Parameter(torch.ones(shape)))
+        with pytest.raises(InputError, match=message):
+            layer(x)
+    with pytest.raises(InputError, match=message):
+        layer.eval()(x)
+    unfit: dict[str, Any] = {name: torch.ones(shape)}
+    with pytest.raises(InputError, match=message):
+        syncbn.sync_batch_norm(x, **unfit)
 
 
 def _partly_frozen(frozen: str) -> list[tuple[int, ...]]:

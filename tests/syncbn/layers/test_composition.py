@@ -339,6 +339,32 @@ def test_function_transforms_work_unless_statistics_are_tracked() -> None:
     run_world(2, _transformed)
 
 
+def _ensemble_differentiated_outside(relu: bool, added: bool) -> None:
+    torch.manual_seed(dist.get_rank())
+    x, residual = torch.randn(2, 2, 4, 3).unbind()
+    weight, bias = torch.randn(2, 2, 3).unbind()
+
+    def member(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        added_to = residual if added else None
+        return syncbn.sync_batch_norm(x, weight, bias, relu=relu, residual=added_to)[0]
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.vmap(member)(x, weight, bias, residual).pow(3).sum()
+
+    parts = tuple(part.requires_grad_() for part in (x, weight, bias))
+    alone = [member(*each) for each in zip(*parts, residual, strict=True)]
+    expected = torch.autograd.grad(torch.stack(alone).pow(3).sum(), parts)
+    torch.testing.assert_close(torch.autograd.grad(loss(x, weight, bias), parts), expected)
+    of_parts = torch.func.grad(loss, argnums=(0, 1, 2))
+    torch.testing.assert_close(of_parts(*(part.detach() for part in parts)), expected)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradient_through_an_ensemble_is_that_of_its_members(relu: bool, added: bool) -> None:
+    run_world(2, _ensemble_differentiated_outside, relu, added)
+
+
 # A layer with a process group can be copied and pickled.
 
 
