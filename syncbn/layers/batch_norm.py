@@ -165,13 +165,12 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                     "model.eval(), or revert_sync_batchnorm(model), before"
                 )
             return  # sizes are no numbers now; torch's operations check them
-        reason = reason_to_refuse(input) or reason_to_refuse_sharded(
-            residual, self.weight, self.bias, self.running_mean
-        )
+        parameters = self.weight, self.bias, self.running_mean
+        reason = reason_to_refuse_sharded(input, residual, *parameters)
         if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
             shape = tuple(input.shape)
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
-        if not reason:
+        if not (reason := reason or reason_to_refuse(input)):
             return
         if self.training:
             self._exchange(input).refuse(input.device, reason)

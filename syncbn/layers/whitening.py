@@ -171,13 +171,12 @@ class SyncWhitening(Synchronized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the whitened input, of the same shape, dtype and memory format."""
-        reason = reason_to_refuse(input) or reason_to_refuse_sharded(
-            self.weight, self.bias, self.running_mean
-        )
+        parameters = self.weight, self.bias, self.running_mean
+        reason = reason_to_refuse_sharded(input, *parameters)
         if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
             shape = tuple(input.shape)
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
-        if reason:
+        if reason := reason or reason_to_refuse(input):
             if self.training:
                 self._exchange(input).refuse(input.device, reason, self._sums())
             raise InputError(reason)
