@@ -29,7 +29,7 @@ CASES: list[dict[str, Any]] = [
 ]
 WORLD_SIZES = (1, 2)
 STARTS = 3
-TURNS = 15  # of each start
+TURNS = 9  # of each start
 # Short beside the time that the system gives a process that has waited: most turns of a busy
 # machine are then undisturbed, and the median is one of those.
 TURN_S = 4e-3
