@@ -92,12 +92,13 @@ def _compiled_in_turn(ways: list[tuple[bool | None, bool, str]]) -> list[int]:
 @pytest.mark.parametrize(
     "ways",
     [
-        [(None, False, "aot_eager"), (None, True, "aot_eager")],
+        [(None, False, "aot_eager")],
+        pytest.param([(None, True, "aot_eager")], marks=pytest.mark.long),
         pytest.param(
             [(True, False, "aot_eager"), (None, False, "inductor")], marks=pytest.mark.long
         ),
     ],
-    ids=["captured", "compiled"],
+    ids=["captured", "captured in DDP", "compiled"],
 )
 def test_compiles_to_one_graph_with_the_numbers_of_eager(
     ways: list[tuple[bool | None, bool, str]],
@@ -160,7 +161,7 @@ def _gradchecks() -> None:
         torch.autograd.gradgradcheck(lambda *of: normalise(*of)[0], (x, weight, bias))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_first_and_second_derivatives_match_finite_differences(world_size: int) -> None:
     run_world(world_size, _gradchecks)
 

@@ -26,7 +26,7 @@ NOT_RUN = {
     "test_ddp_sync_bn_training_vs_eval": "switched off in torch, and looks for an all-gather, "
     "which ours does without",
 }
-WORLD_SIZES = [2, 4]
+WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.long)]
 
 Outcomes = list[dict[str, str]]
 
