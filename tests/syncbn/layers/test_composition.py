@@ -161,7 +161,7 @@ def _gradchecks() -> None:
         torch.autograd.gradgradcheck(lambda *of: normalise(*of)[0], (x, weight, bias))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_first_and_second_derivatives_match_finite_differences(world_size: int) -> None:
     run_world(world_size, _gradchecks)
 
