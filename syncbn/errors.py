@@ -17,7 +17,7 @@ class ReplicaError(SyncBNError, RuntimeError):
 
 
 class ConversionError(SyncBNError, TypeError):
-    """A module cannot be converted without losing behaviour of its own."""
+    """A module cannot be converted without losing behavior of its own."""
 
 
 class ConversionWarning(UserWarning):

@@ -95,7 +95,7 @@ ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = {"cnn": cnn, "mlp": mlp}
 
 
 class ChannelAffine(nn.Module):
-    """Batch normalization without the normalisation: y = γ·x + β, each channel with its own.
+    """Batch normalization without the normalization: y = γ·x + β, each channel with its own.
 
     Computes nothing from the batch and tracks nothing, so it is the same in training and in
     evaluation.
@@ -141,11 +141,11 @@ def model_names() -> tuple[str, ...]:
 def build_model(
     name: str, arguments: Mapping[str, Any], *, allow_imports: bool = False
 ) -> nn.Module:
-    """Return a freshly initialised model.
+    """Return a freshly initialized model.
 
     Every architecture takes in_channels and num_classes, which it needs, and norm, eps and
     momentum. norm="batch", the default, keeps the model's batch normalizations as nn.BatchNorm,
-    to be converted where they shall synchronise, and sets eps and momentum on all of them where
+    to be converted where they shall synchronize, and sets eps and momentum on all of them where
     given. norm="none" puts a `ChannelAffine` in the place of each, and norm="whitening" a
     `SyncWhitening`, whose arguments are whitening_method, whitening_iterations,
     whitening_shrinkage, and whitening_group_size, the most channels that are whitened together.
@@ -309,7 +309,7 @@ def _torchvision(
     builder = builders[key]
     kind = inspect.signature(builder).return_annotation
     takes = None
-    # One tensor of logits; and the initialisation that builders warn about when it is left open.
+    # One tensor of logits; and the initialization that builders warn about when it is left open.
     fixed: dict[str, Any] = {"weights": None}
     if isinstance(kind, type):
         parameters = inspect.signature(kind).parameters
@@ -368,7 +368,7 @@ def _exchange_normalization(
         if type(layer).forward not in (_BASE.forward, nn.SyncBatchNorm.forward):
             raise ModelError(
                 f"architecture {name!r} cannot have norm {norm!r}: {key!r}, a "
-                f"{type(layer).__name__}, has a forward of its own that may do more than normalise"
+                f"{type(layer).__name__}, has a forward of its own that may do more than normalize"
             )
         if layer not in replacements:
             replacements[layer] = make(layer)

@@ -135,7 +135,7 @@ def test_newton_step_of_a_deep_chain_misses_a_quarter_whatever_the_weights() -> 
 # 2. With batch normalization the chain is easy
 
 
-def test_normalised_unit_is_standard_whatever_the_lower_layers_do() -> None:
+def test_normalized_unit_is_standard_whatever_the_lower_layers_do() -> None:
     x = _normal(64, 1)
     for seed in range(20):
         hidden = x * (3 * _normal(9, seed=seed)).prod() + _normal(1, seed=seed)
@@ -168,7 +168,7 @@ def test_delta_shows_where_the_variance_below_is_small() -> None:
         assert variance / (variance + 1e-5) == pytest.approx(kept, rel=1e-2)
 
 
-def test_normalised_chain_learns_at_the_same_rates_whatever_its_weights_and_depth() -> None:
+def test_normalized_chain_learns_at_the_same_rates_whatever_its_weights_and_depth() -> None:
     rates = torch.tensor([0.03, 0.1, 1.0], dtype=torch.float64)
     for layers, scale in ((5, 1.0), (20, 0.8), (20, 1.2), (50, 1.0)):
         assert (train_chain(True, rates, layers, 300, 0, scale)[-1] < 1e-6).all()
@@ -179,9 +179,9 @@ def test_normalised_chain_learns_at_the_same_rates_whatever_its_weights_and_dept
 
 def test_chains_of_several_rates_are_those_of_each_rate() -> None:
     rates = torch.tensor([0.01, 0.3], dtype=torch.float64)
-    for normalise in (True, False):
-        together = train_chain(normalise, rates, 5, 30, 1)
-        alone = [train_chain(normalise, rate[None], 5, 30, 1) for rate in rates]
+    for normalize in (True, False):
+        together = train_chain(normalize, rates, 5, 30, 1)
+        alone = [train_chain(normalize, rate[None], 5, 30, 1) for rate in rates]
         torch.testing.assert_close(together, torch.cat(alone, 1))
 
 
@@ -279,8 +279,8 @@ def test_half_precision_supports_no_smaller_delta_than_its_largest_number() -> N
 def test_reparametrised_layer_represents_the_same_functions() -> None:
     x, weight, bias = _normal(20, 5), _normal(4, 5, seed=1), _normal(4, seed=2)
     gamma, beta = gamma_and_beta_of(weight, bias, x)
-    normalised = syncbn.sync_batch_norm(x @ weight.T, gamma, beta, eps=1e-30)[0]
-    torch.testing.assert_close(normalised, x @ weight.T + bias, rtol=0, atol=1e-14)
+    normalized = syncbn.sync_batch_norm(x @ weight.T, gamma, beta, eps=1e-30)[0]
+    torch.testing.assert_close(normalized, x @ weight.T + bias, rtol=0, atol=1e-14)
 
 
 def test_mean_of_the_output_is_beta_whatever_happens_below() -> None:

@@ -21,7 +21,8 @@ def _figures(section: str, tmp_path: Path) -> list[dict[str, float]]:
 def test_layer_keeps_no_more_for_backward_than_torchs(tmp_path: Path) -> None:
     rows = _figures("memory", tmp_path)
     for row in rows:
-        assert row["SyncBatchNorm"] <= row["nn.BatchNorm2d"]
+        count = 8 / 1024  # which torch's layer knows by the input's shape, in KiB
+        assert row["SyncBatchNorm"] <= row["nn.BatchNorm2d"] + count
         saved = row["nn.BatchNorm2d, ReLU"] - row["SyncBatchNorm with ReLU"]
         assert saved == pytest.approx(row["x"], rel=0.02)  # one activation, less β
 

@@ -78,7 +78,7 @@ inline void write(T value, void* to) {
 
 // Conversions by the processor's own instruction, for which GCC 12's __builtin_convertvector, the
 // way of every other processor, takes several. With maskz and a full mask, because the plain
-// AVX-512 forms make GCC 12 warn of an uninitialised variable of theirs.
+// AVX-512 forms make GCC 12 warn of an uninitialized variable of theirs.
 template <int kCount>
 inline Doubles<kCount> to_double(Floats<kCount> from) {
   if constexpr (kCount == 1)

@@ -1,4 +1,4 @@
-"""Renormalising the units after every gradient step, by rescaling their weights and biases."""
+"""Renormalizing the units after every gradient step, by rescaling their weights and biases."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from syncbn.ops.batch_norm import global_moments, reason_to_refuse
 
 @dataclass(frozen=True)
 class Unit:
-    """C units of a layer, y = γ·(w∗x) + β, and what standardises them.
+    """C units of a layer, y = γ·(w∗x) + β, and what standardizes them.
 
     Attributes:
         weight: w of the linear layer or convolution, not transposed; its first axis is the C units.
@@ -51,9 +51,9 @@ class Renormalizer:
     """Rescales weights and biases so that each unit is standard on the global batch.
 
     w ← w/σ and β ← (β − μ)/σ, layer by layer in the order of the forward, each given what the
-    renormalised layers before it compute: then y has mean 0 and variance σ₀²/(σ₀² + eps) over the
+    renormalized layers before it compute: then y has mean 0 and variance σ₀²/(σ₀² + eps) over the
     concatenation of all replicas' batches, where σ₀² was its variance and σ² = σ₀² + eps. A unit
-    of variance eps or less keeps its scale, σ = 1: there is nothing to standardise, and the weights
+    of variance eps or less keeps its scale, σ = 1: there is nothing to standardize, and the weights
     would grow by 1/√eps with each step. All replicas' parameters stay bit-identical.
 
     Communicates: for each layer, one all-reduce of 2C + 1 float64 in each `step`; none in a world
@@ -112,7 +112,7 @@ class Renormalizer:
         means: dict[str, Tensor] = {}
         scales: dict[str, Tensor] = {}
 
-        def standardise(name: str, unit: Unit, output: Tensor) -> Tensor:
+        def standardize(name: str, unit: Unit, output: Tensor) -> Tensor:
             if name in means:
                 raise InputError(f"unit {name!r} is called twice in a forward; leave it out")
             mean, deviation = self._statistics(name, unit, output)
@@ -125,7 +125,7 @@ class Renormalizer:
             return standard.to(output.dtype)
 
         def hook(name: str, unit: Unit) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-            return lambda module, inputs, output: standardise(name, unit, output)
+            return lambda module, inputs, output: standardize(name, unit, output)
 
         hooks = [
             unit.module.register_forward_hook(hook(name, unit))

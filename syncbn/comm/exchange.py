@@ -150,14 +150,12 @@ class Exchange:
 
         return self._once(exchange, lambda: unpack(pack(None), None))
 
-    def alone(self, result: T) -> T:
-        """Return a result that needs no exchange, in a world of one.
+    def alone(self, compute: Callable[[], T]) -> T:
+        """Return what needs no exchange, in a world of one; in a recomputation, the forward's.
 
-        In a recomputation, the forward's. Does not communicate.
+        Does not communicate.
         """
-        return (
-            result if torch.compiler.is_compiling() else self._once(lambda: result, lambda: result)
-        )
+        return compute() if torch.compiler.is_compiling() else self._once(compute, compute)
 
     def _once(self, exchange: Callable[[], T], ahead: Callable[[], T]) -> T:
         checkpointed = region()

@@ -22,7 +22,7 @@ class ReferenceKernels:
 
     float16 and bfloat16 are computed in float32, float32 and float64 in their own precision; every
     sum over a batch is accumulated in float64. The mean is subtracted in two parts, head and rest,
-    because rounding it to float32 alone costs |mean|/σ · 2⁻²⁴ of every normalised value.
+    because rounding it to float32 alone costs |mean|/σ · 2⁻²⁴ of every normalized value.
     """
 
     def local_moments(self, x: Tensor) -> Moments:

@@ -53,7 +53,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
             over all batches.
         affine: whether to learn weight γ and bias β.
         track_running_stats: whether to keep running statistics.
-        process_group: the replicas to synchronise with; None means the default group.
+        process_group: the replicas to synchronize with; None means the default group.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: whether an affine layer has a bias β.
@@ -120,7 +120,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         return ", ".join(parts)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the normalised input, of the same shape, dtype and memory format.
+        """Return the normalized input, of the same shape, dtype and memory format.
 
         A residual is added to it, and max(·, 0) taken of the sum where the layer has a ReLU: in
         the same pass if the residual has the input's shape and dtype, and as the separate
@@ -186,7 +186,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                     input.double(), scale, offset, None, None, True, 0.0, self.eps, False
                 )
                 return output.to(input.dtype)
-            # The batch's own statistics stand in, unsynchronised: torch's rule.
+            # The batch's own statistics stand in, unsynchronized: torch's rule.
             alone = Exchange(SingleReplica(), None, self.num_features, input.dtype)
             weight, bias = self.weight, self.bias
             if reason := reason_to_refuse_parameters(input, weight, bias):
@@ -226,7 +226,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- as above
-    """Unsynchronised batch normalization of inputs (N, C, *) with any number of dimensions.
+    """Unsynchronized batch normalization of inputs (N, C, *) with any number of dimensions.
 
     What `revert_sync_batchnorm` makes of a `SyncBatchNorm` that was one from the start, or that
     adds a residual or takes a ReLU: by separate operations here.
@@ -235,7 +235,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
     fuses_relu: bool = False
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the normalised input, plus the residual, with the ReLU that the layer had."""
+        """Return the normalized input, plus the residual, with the ReLU that the layer had."""
         return _separately(super().forward(input), residual, self.fuses_relu)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -244,7 +244,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPriva
 
 
 def _separately(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """Return a normalised input plus the residual, with the ReLU, by operations of their own."""
+    """Return a normalized input plus the residual, with the ReLU, by operations of their own."""
     if residual is not None:
         output = output + residual
     return functional.relu(output) if relu else output

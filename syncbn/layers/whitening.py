@@ -36,7 +36,7 @@ class SyncWhitening(Synchronized):
     values before the first batch stays: as an average of Σ^(−1/2), unlike one of variances, would
     forget an identity late.
 
-    The covariance S is regularised to Σ = (1 − ρ)·S + ρ·(tr S/D)·I + eps·I, for a batch of few
+    The covariance S is regularized to Σ = (1 − ρ)·S + ρ·(tr S/D)·I + eps·I, for a batch of few
     samples knows S badly, and of fewer than D not at all: without shrinkage, whitening would then
     put all samples at the same distance from each other. By default ρ approximates what is best for
     n independent normal samples: (1 − 2/D)·tr S² + (tr S)² over (n + 1 − 2/D)·(tr S² − (tr S)²/D),
@@ -71,7 +71,7 @@ class SyncWhitening(Synchronized):
             average over all batches; 0 leaves them as they are.
         affine: whether to learn weight γ and bias β, of shape (C,).
         track_running_stats: whether to keep running statistics.
-        process_group: the replicas to synchronise with; None means the default group.
+        process_group: the replicas to synchronize with; None means the default group.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         reducer: who sums over the replicas, as for `SyncBatchNorm`.
@@ -189,8 +189,8 @@ class SyncWhitening(Synchronized):
         dtype = torch.promote_types(input.dtype, torch.float32)
         mean, matrix = self.running_mean.to(dtype), self.running_whitening.to(dtype)
         with _no_autocast(input.device.type):
-            centred = self._grouped(input).to(dtype) - mean.reshape(-1, self.group_size, 1)
-            return self._apply_to(centred, None, matrix, input)
+            centered = self._grouped(input).to(dtype) - mean.reshape(-1, self.group_size, 1)
+            return self._apply_to(centered, None, matrix, input)
 
     def _train(self, input: Tensor, exchange: Exchange) -> Tensor:
         values = self._grouped(input).double()
@@ -201,7 +201,7 @@ class SyncWhitening(Synchronized):
         values = values - own[..., None]
         offset, covariance, count, mean, rounding = global_covariance(values, own, exchange)
         exchange.require_two_values(count, number)
-        regular = self._regularised(covariance, count, rounding)
+        regular = self._regularized(covariance, count, rounding)
         # Of what is not finite there are no eigenvalues, and the output is not finite either.
         finite = regular.isfinite().all(2, keepdim=True).all(1, keepdim=True)
         regular = torch.where(finite, regular, _identity(regular))
@@ -226,7 +226,7 @@ class SyncWhitening(Synchronized):
         """Return how many numbers the replicas add up."""
         return 1 + self.num_features + self.num_features * (self.group_size + 1) // 2
 
-    def _regularised(self, covariance: Tensor, count: Tensor, rounding: Tensor) -> Tensor:
+    def _regularized(self, covariance: Tensor, count: Tensor, rounding: Tensor) -> Tensor:
         size = self.group_size
         trace = covariance.diagonal(dim1=1, dim2=2).sum(1)
         if self.shrinkage is None:

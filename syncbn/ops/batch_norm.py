@@ -40,7 +40,7 @@ def sync_batch_norm(
     relu: bool = False,
     reducer: str | None = None,
 ) -> tuple[Tensor, Moments]:
-    """Normalise x by the mean and variance of the batch that all replicas hold together.
+    """Normalize x by the mean and variance of the batch that all replicas hold together.
 
     y = (x − μ)/√(σ² + eps)·weight + bias, with μ and the biased σ² of each channel over the
     concatenation of every replica's x along N. Replicas may hold different N and spatial sizes,
@@ -59,7 +59,7 @@ def sync_batch_norm(
 
     Error: y within a few roundings of its compute dtype (float32 for half precision); σ² is summed
     in float64 about zero, so its relative error is about 2⁻⁵²·(1 + μ²/σ²) beyond the input's own
-    rounding. `SyncBatchNorm` remembers a better centre; see docs/numerics.md.
+    rounding. `SyncBatchNorm` remembers a better center; see docs/numerics.md.
 
     Args:
         x: shape (N, C, *), floating point, any memory format; y keeps dtype and format.
@@ -69,7 +69,7 @@ def sync_batch_norm(
             1/√eps, the gradient of a channel that does not vary, would overflow; a smaller one is
             warned of.
         process_group: the replicas; None means the default group, or this process alone where
-            `torch.distributed` is not initialised.
+            `torch.distributed` is not initialized.
         residual: added before the ReLU; of x's shape, dtype and device.
         relu: whether to return max(y, 0) in y's place.
         reducer: who sums over the replicas, the same on all of them: `shared_memory`,
@@ -110,7 +110,7 @@ def reason_to_refuse(x: Tensor) -> str:
     if x.dim() < 2:
         return f"expected an input of shape (N, C, *), got {tuple(x.shape)}; add a batch dimension"
     if x.shape[1] == 0:
-        return f"expected channels to normalise, got an input of shape {tuple(x.shape)}"
+        return f"expected channels to normalize, got an input of shape {tuple(x.shape)}"
     if not x.is_floating_point():
         return f"expected a floating-point input, got {x.dtype}; convert it first"
     return reason_to_refuse_sharded(x)
@@ -173,11 +173,18 @@ def global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
 
 
 def _global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
-    local, count = kernels.local_moments(x), x.numel() // x.shape[1]
+    count = x.numel() // x.shape[1]
     if exchange.reducer.world_size == 1:
-        moments = exchange.alone(local)
-    else:
+        moments = exchange.alone(partial(kernels.local_moments, x))
+    elif torch.compiler.is_compiling():  # which packs twice, see `Exchange.sum_about`
+        local = kernels.local_moments(x)
         moments = exchange.sum_about(partial(to_summable, local), from_summable, x.device)
+    else:
+
+        def pack(shift: Tensor | None) -> Tensor:
+            return to_summable(kernels.local_moments(x), shift)
+
+        moments = exchange.sum_about(pack, from_summable, x.device)
     if count <= 1:
         exchange.require_two_values(moments.count, count)
     return moments

@@ -80,7 +80,7 @@ class _GlobalCovariance(torch.autograd.Function):
         scale = products.diagonal(dim1=1, dim2=2).sum(1)
         local = Comoments(number, own.flatten(), products, scale)
         if exchange.world_size == 1:
-            total = exchange.alone(local)
+            total = exchange.alone(lambda: local)
         else:
             total = exchange.sum_about(
                 lambda shift: _to_summable(local, shift),

@@ -32,7 +32,7 @@ def convert_sync_batchnorm(
     BatchNormAct2d and SyncBatchNormAct with their activation; also subclasses that leave `forward`
     alone or call `super().forward(...)` in theirs. The modules stay the same objects and change
     class, so that parameters, buffers, hooks, attributes, modes, parametrizations, and whatever
-    else refers to them stay valid. A layer that is synchronised already keeps its process group
+    else refers to them stay valid. A layer that is synchronized already keeps its process group
     unless one is given. Does not communicate.
 
     The new class is a subclass of the old one, which other tools look for: a BatchNorm2d becomes a
@@ -45,7 +45,7 @@ def convert_sync_batchnorm(
 
     Args:
         model: the model, or a batch normalization itself.
-        process_group: the replicas to synchronise with; None means the default group.
+        process_group: the replicas to synchronize with; None means the default group.
         only: called with a layer's qualified name and the layer; False leaves it as it is.
         reducer: who sums over the replicas, as for `SyncBatchNorm`; None leaves it as it is.
 
@@ -167,6 +167,6 @@ def _keeps_statistics(module: nn.Module) -> bool:
     """Return whether a layer that is not converted looks like batch normalization."""
     buffers = module._buffers  # pyright: ignore[reportPrivateUsage] -- of which None, without tracking, is told by nothing public
     if isinstance(module, (_BASE, _InstanceNorm, Synchronized)):
-        return False  # converted or left out by choice; of one sample each; synchronised
+        return False  # converted or left out by choice; of one sample each; synchronized
     # Frozen batch normalization has its weight for a buffer.
     return bool({"running_mean", "running_var"} & set(buffers)) and "weight" not in buffers

@@ -24,7 +24,7 @@ _ANY_RANK = (nn.SyncBatchNorm, *PLAIN)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_ANY_RANK)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What may follow what: a BatchNorm2d checks that its input is (N, C, H, W), and so that the
-# channels of the convolution before it are the axis that it normalises.
+# channels of the convolution before it are the axis that it normalizes.
 _FOLLOWERS: dict[type[nn.Module], tuple[type[_BatchNorm], ...]] = {
     nn.Linear: (nn.BatchNorm1d, *_ANY_RANK),
     nn.Conv1d: (nn.BatchNorm1d, *_ANY_RANK),
@@ -73,7 +73,7 @@ def fold(model: nn.Module) -> Folding:
     layer is called once, for it alone; neither has hooks, parametrizations, an exchanged forward,
     or a tensor or place that another module shares; and the forward does not look at the two.
 
-    - A linear layer may be given (N, L, C), of which BN normalises L, and a trace knows no shapes.
+    - A linear layer may be given (N, L, C), of which BN normalizes L, and a trace knows no shapes.
       Folding needs a flattening to (N, C) in the forward before it, which `nn.Flatten()` is, and
       which changes nothing for inputs that are (N, C) already.
     - The input of a convolution is taken to have a batch axis, which BN demands anyway.
@@ -273,12 +273,12 @@ def _check_fit(model: nn.Module, layer_name: str, norm_name: str, callers: list[
     assert isinstance(norm, _BatchNorm)
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     if type(norm) not in _FOLLOWERS[type(layer)] or channels != norm.num_features:
-        raise KeptError(f"it normalises another axis than the outputs of {layer_name!r}")
+        raise KeptError(f"it normalizes another axis than the outputs of {layer_name!r}")
     if isinstance(layer, nn.Linear):
         for trace in callers:
             if not _is_matrix(trace.calls[layer_name][0].all_input_nodes[0], model):
                 raise KeptError(
-                    f"the input of {layer_name!r} may be (N, L, C), of which it normalises L; "
+                    f"the input of {layer_name!r} may be (N, L, C), of which it normalizes L; "
                     "if it is (N, C), say so with an nn.Flatten() before"
                 )
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from syncbn.layers.batch_norm import SyncBatchNorm
+from syncbn.layers.converted import PLAIN
 from syncbn.transforms.forward_graph import LISTS, ForwardGraph
 from syncbn.transforms.tracing import KeptError
 
@@ -258,7 +259,8 @@ def _has_shape(module: Any, shape: Shape) -> bool:
 
 
 def _is_ready(norm: Any) -> bool:
-    return _is_bare(norm, SyncBatchNorm) and norm.training and not norm.fuses_relu
+    kind = type(norm)
+    return kind in PLAIN and _is_bare(norm, kind) and norm.training and not norm.fuses_relu
 
 
 def _is_bare(module: Any, kind: type) -> bool:

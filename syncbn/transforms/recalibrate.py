@@ -31,16 +31,16 @@ def recalibrate(
     """Replace running averages by the statistics of all batches together ("precise BN").
 
     Each layer gets the mean and the unbiased variance of everything that reaches it while the
-    layers normalise by their batches, as in training, and the rest of the model is in eval mode.
+    layers normalize by their batches, as in training, and the rest of the model is in eval mode.
     The moments of the batches are merged; averaging their variances would leave out how their
     means differ. Modes are restored and statistics written only at the end, so that a failure
     leaves the model as it was.
 
     Communicates: before each batch one all-reduce of 3 float64, so that ranks may have different
     numbers of them: one that has run out passes x[:0] of its last batch, if some layer is
-    synchronised; what those layers send in training; and at the end one all-reduce of (2C + 1)·W
+    synchronized; what those layers send in training; and at the end one all-reduce of (2C + 1)·W
     float64 for each layer, in one vector. All ranks get bit-identical statistics. Every rank must
-    call it. Where the model raises on one rank amid its synchronised layers, the others wait for
+    call it. Where the model raises on one rank amid its synchronized layers, the others wait for
     the process group's time-out.
 
     Error: moments are computed and merged in float64, in the order of batches and ranks.
@@ -78,10 +78,10 @@ def recalibrate(
     run = partial(_forward, device) if forward is None else forward
     seen: dict[str, Moments] = {}
     with ExitStack() as stack:
-        stack.enter_context(_normalising_by_batch(model, layers.values()))
+        stack.enter_context(_normalizing_by_batch(model, layers.values()))
         for name, layer in layers.items():
             stack.enter_context(_collecting(name, layer, seen))
-        number = _run(model, batches, run, reducer, device, _synchronises(model))
+        number = _run(model, batches, run, reducer, device, _synchronizes(model))
     totals = _merged_over_ranks(layers, seen, reducer, device)
     for name, moments in totals.items():
         if moments.count == 1:
@@ -99,12 +99,12 @@ def recalibrate(
     return tuple(totals)
 
 
-def _synchronises(model: nn.Module) -> bool:
+def _synchronizes(model: nn.Module) -> bool:
     return any(isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm)) for module in model.modules())
 
 
 @contextmanager
-def _normalising_by_batch(model: nn.Module, layers: Iterable[Any]) -> Generator[None]:
+def _normalizing_by_batch(model: nn.Module, layers: Iterable[Any]) -> Generator[None]:
     chosen = list(layers)
     modes = [(module, module.training) for module in model.modules()]
     tracking = [(layer, layer.track_running_stats) for layer in chosen]
@@ -140,7 +140,7 @@ def _run(
     forward: Callable[[nn.Module, Any], object],
     reducer: Reducer,
     device: torch.device,
-    synchronises: bool,
+    synchronizes: bool,
 ) -> int:
     """Run the model on the batches of all ranks in step; return how often any rank had one."""
     number = 0
@@ -165,7 +165,7 @@ def _run(
                 f"the batches or the model failed on {failing:g} other ranks, see there; no "
                 "statistics have been changed"
             )
-        if having == 0 or (synchronises and without > 0):
+        if having == 0 or (synchronizes and without > 0):
             if number == 0:
                 raise InputError(
                     f"{without:g} of {reducer.world_size} ranks have no batch at all; give every "
@@ -174,9 +174,9 @@ def _run(
             return number
         if has:
             last = batch
-        elif synchronises:
+        elif synchronizes:
             batch = _emptied(last)
-        if has or synchronises:
+        if has or synchronizes:
             try:
                 forward(model, batch)
             except BaseException as error:  # told to the others before the next batch

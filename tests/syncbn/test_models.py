@@ -85,7 +85,7 @@ def test_eps_and_momentum_are_those_of_every_normalization_where_given() -> None
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (0, 3, 4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_without_normalisation_keeps_scale_and_shift(
+def test_layer_without_normalization_keeps_scale_and_shift(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     norm = nn.BatchNorm2d(3)

@@ -1,4 +1,4 @@
-"""Renormalising against what it promises: standard units on the concatenated batch."""
+"""Renormalizing against what it promises: standard units on the concatenated batch."""
 
 import math
 
@@ -136,7 +136,7 @@ def _refused(model: nn.Sequential, units: dict[str, Unit], x: Tensor, message: s
     assert torch.equal(model(x), model(x)) or not x.isfinite().all()  # no hook is left
 
 
-def test_what_cannot_be_renormalised_is_explained_and_changes_nothing() -> None:
+def test_what_cannot_be_renormalized_is_explained_and_changes_nothing() -> None:
     x = _share((5,), 0)
     model = _model()
     units = _units(model)

@@ -180,7 +180,7 @@ def _gradient_projections() -> tuple[Tensor, Tensor, Tensor]:
     return rows(x.grad).sum(0), rows(x.grad * xhat.detach()).sum(0), rows(x.grad).abs().sum(0)
 
 
-def test_input_gradient_has_no_component_along_one_and_along_the_normalised_input() -> None:
+def test_input_gradient_has_no_component_along_one_and_along_the_normalized_input() -> None:
     along_one, along_xhat, size = (
         torch.stack(parts).sum(0)
         for parts in zip(*run_world(2, _gradient_projections), strict=True)
@@ -317,7 +317,7 @@ def _in_disjoint_groups() -> Tensor:
     return layer.running_mean
 
 
-def test_disjoint_groups_normalise_apart() -> None:
+def test_disjoint_groups_normalize_apart() -> None:
     assert torch.cat(run_world(4, _in_disjoint_groups)).tolist() == [0.5, 0.5, 2.5, 2.5]
 
 

@@ -22,7 +22,7 @@ from tests.support.world import run_world
 
 
 def _network(norm: Callable[[int], nn.Module] = nn.BatchNorm1d, seed: int = 0) -> nn.Sequential:
-    """Return a float64 network of two normalised layers, and values that differ by channel."""
+    """Return a float64 network of two normalized layers, and values that differ by channel."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(3, 4, bias=False), norm(4), nn.Tanh(), nn.Linear(4, 2, bias=False), norm(2)
@@ -156,9 +156,9 @@ def _gradchecks() -> None:
         torch.autograd.gradcheck(function, (x,))
         torch.autograd.gradgradcheck(function, (x,))
     if dist.get_world_size() == 1:  # on more ranks, each has its share of these gradients
-        normalise = syncbn.sync_batch_norm
-        torch.autograd.gradcheck(lambda *of: normalise(*of)[0], (x, weight, bias))
-        torch.autograd.gradgradcheck(lambda *of: normalise(*of)[0], (x, weight, bias))
+        normalize = syncbn.sync_batch_norm
+        torch.autograd.gradcheck(lambda *of: normalize(*of)[0], (x, weight, bias))
+        torch.autograd.gradgradcheck(lambda *of: normalize(*of)[0], (x, weight, bias))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
@@ -166,7 +166,7 @@ def test_first_and_second_derivatives_match_finite_differences(world_size: int) 
     run_world(world_size, _gradchecks)
 
 
-def _penalised(model: nn.Module, x: Tensor) -> None:
+def _penalized(model: nn.Module, x: Tensor) -> None:
     x = x.clone().requires_grad_()
     y = model(x)
     (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
@@ -175,8 +175,8 @@ def _penalised(model: nn.Module, x: Tensor) -> None:
 
 def _gradient_penalty() -> None:
     ours, truth = _network(syncbn.SyncBatchNorm), _network()
-    _penalised(ours, _share())
-    _penalised(truth, _whole())
+    _penalized(ours, _share())
+    _penalized(truth, _whole())
     for mine, other in zip(_summed_gradients(ours), truth.parameters(), strict=True):
         torch.testing.assert_close(mine, other.grad, rtol=1e-10, atol=1e-10)
 

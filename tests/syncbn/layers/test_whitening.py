@@ -112,9 +112,9 @@ def _in_one_process(case: Case) -> Outcome:
         outputs: list[Tensor] = []
         roots: list[Tensor] = []
         for group in x.split(size, 1):
-            centred = group - group.mean(0)
-            root = _root(_regular(centred.T @ centred / count, count, case.options), case.options)
-            outputs.append(centred @ root.T)
+            centered = group - group.mean(0)
+            root = _root(_regular(centered.T @ centered / count, count, case.options), case.options)
+            outputs.append(centered @ root.T)
             roots.append(root.detach() * ((count - 1) / count) ** 0.5)
         y = torch.cat(outputs, 1) * weight + bias
         y.backward(dy)
@@ -285,8 +285,8 @@ def test_evaluation_uses_running_statistics_and_knows_no_batch() -> None:
     torch.testing.assert_close(torch.cat([layer(one[None]) for one in x]), together)
     assert layer.running_mean is not None
     assert layer.running_whitening is not None
-    centred = (x - layer.running_mean[:, None]).movedim(1, 2).unflatten(2, (2, 3))
-    expected = torch.einsum("gij,nlgj->nlgi", layer.running_whitening, centred).flatten(2)
+    centered = (x - layer.running_mean[:, None]).movedim(1, 2).unflatten(2, (2, 3))
+    expected = torch.einsum("gij,nlgj->nlgi", layer.running_whitening, centered).flatten(2)
     assert layer.weight is not None
     assert layer.bias is not None
     torch.testing.assert_close(together.movedim(1, 2), expected * layer.weight + layer.bias)
@@ -452,9 +452,9 @@ def test_error_grows_with_the_condition_number_as_documented(
     scales = torch.logspace(0, -0.5 * torch.tensor(condition).log10().item(), 6).double()
     x = (torch.randn(500, 6, generator=generator).double() * scales @ directions).to(dtype)
     layer = SyncWhitening(6, 6, eps=1e-20, shrinkage=0.0, dtype=dtype)
-    centred = x.double() - x.double().mean(0)
+    centered = x.double() - x.double().mean(0)
     # From singular values, whose relative error grows with √κ alone.
-    left, _, right = torch.linalg.svd(centred, full_matrices=False)
+    left, _, right = torch.linalg.svd(centered, full_matrices=False)
     exact = 500**0.5 * left @ right
     error = (layer(x).detach().double() - exact).abs().max() / exact.abs().max()
     assert error < 0.5 * torch.finfo(dtype).eps + 1e-15 * condition

@@ -121,7 +121,7 @@ def _timm_layer() -> nn.Module:
     [lambda: _DoubledNorm(4), _parametrized, _timm_layer],
     ids=["super().forward", "parametrized", "timm's BatchNormAct2d"],
 )
-def test_behaviour_of_a_subclass_stays(make: Any) -> None:
+def test_behavior_of_a_subclass_stays(make: Any) -> None:
     layer: nn.Module = make()
     twin = copy.deepcopy(layer)
     x = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -247,7 +247,7 @@ def test_reverting_restores_every_class_and_attribute() -> None:
     assert _tensors(model) == tensors
 
 
-def test_layer_built_synchronised_reverts_to_a_plain_one_of_any_dimensions() -> None:
+def test_layer_built_synchronized_reverts_to_a_plain_one_of_any_dimensions() -> None:
     layer = syncbn.revert_sync_batchnorm(nn.Sequential(syncbn.SyncBatchNorm(4)))
     for shape in ((3, 4), (3, 4, 2), (3, 4, 2, 2)):
         assert layer(torch.randn(shape)).shape == shape

@@ -226,7 +226,7 @@ def _hooked(model: nn.Module) -> None:
     model.get_submodule("bn").register_forward_hook(lambda *_: None)
 
 
-def _unsynchronised(model: nn.Module) -> None:
+def _unsynchronized(model: nn.Module) -> None:
     syncbn.revert_sync_batchnorm(model)
 
 
@@ -238,7 +238,7 @@ def _with_relu(model: nn.Module) -> None:
     ("change", "reason"),
     [
         (_hooked, "it has hooks or an exchanged forward"),
-        (_unsynchronised, "it is a BatchNorm, and not a SyncBatchNorm"),
+        (_unsynchronized, "it is a BatchNorm, and not a SyncBatchNorm"),
         (_with_relu, "it takes a ReLU or a residual along already"),
     ],
 )

@@ -66,7 +66,7 @@ def test_statistics_are_those_of_all_batches_of_all_ranks(counts: tuple[int, ...
         assert all(torch.equal(other[name], value) for name, value in ranks[0].items())
 
 
-def _unsynchronised() -> Tensor:
+def _unsynchronized() -> Tensor:
     layer = nn.BatchNorm1d(3).double()
     rank = dist.get_rank()
     syncbn.recalibrate(layer, [(x, "a label") for x in _batches(rank, rank)])
@@ -74,9 +74,9 @@ def _unsynchronised() -> Tensor:
     return layer.running_var
 
 
-def test_unsynchronised_layers_need_not_have_batches_on_every_rank() -> None:
+def test_unsynchronized_layers_need_not_have_batches_on_every_rank() -> None:
     expected = torch.cat(_batches(1, 1) + _batches(2, 2)).var(0)
-    for variance in run_world(3, _unsynchronised):
+    for variance in run_world(3, _unsynchronized):
         torch.testing.assert_close(variance, expected)
 
 
