@@ -209,6 +209,14 @@ def _two_outputs_backward_one_after_the_other(step: _Step) -> None:
             first.square().sum().backward()
 
 
+def _looked_at_outside_a_backward_pass_on_one_rank(step: _Step) -> None:
+    out = step.run(lambda x: step.norm(step.norm(x.sin()).cos()).exp(), step.draw(0))
+    if step.is_last_rank:
+        node: Any = out.grad_fn
+        assert node._saved_result is not None  # computes the region again, in no graph's task
+    out.square().sum().backward()
+
+
 def _hooks_inside_the_region(step: _Step) -> None:
     def region(x: Tensor) -> Tensor:
         y = step.norm(x.sin()).exp()
@@ -293,6 +301,7 @@ EXACT: dict[str, Scenario] = {
         _micro_batches_backward_in_any_order,
         _backward_twice,
         _two_outputs_backward_one_after_the_other,
+        _looked_at_outside_a_backward_pass_on_one_rank,
         _hooks_inside_the_region,
         _hooks_around_the_region,
         _gradient_within_the_region,
