@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import _native
-from syncbn._native.plain import are_plain, has_memory
+from syncbn._native.plain import are_plain, has_memory, listeners
 from syncbn.comm.diagnose import require_agreement
 from syncbn.comm.fingerprint import add_fingerprint, count_of, invalidate, is_valid
 from syncbn.comm.recomputation import region
@@ -23,6 +23,8 @@ from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.errors import InputError, ReplicaError
 
 DEBUG_VARIABLE = "SYNCBN_DEBUG_TIMEOUT_S"
+_mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore[reportPrivateUsage] -- as above
 # How long to wait for the other ranks' account of what they are doing, once something is wrong.
 _ACCOUNT_TIMEOUT_S = 30.0
 
@@ -104,7 +106,7 @@ class Exchange:
         """
         if self.reducer.world_size == 1:
             return vector
-        if torch.compiler.is_compiling():
+        if _recording():
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
         if not has_memory(vector):  # of `is_grads_batched`, which calls an operator for each member
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
@@ -138,8 +140,8 @@ class Exchange:
         shift = None
         if tag is None and self.memory is not None:
             shift = self.memory.shift_for(self.channels, device)
-        if torch.compiler.is_compiling():
-            return unpack(*self._sum_compiled(pack, shift))
+        if _recording():
+            return unpack(*self._sum_recorded(pack, shift))
 
         def exchange() -> T:
             total, about = self._sum_about(pack, shift, tag)
@@ -180,7 +182,7 @@ class Exchange:
         self._require_same_call()
         return self._sum(pack(None), "forward"), None
 
-    def _sum_compiled(self, pack: Pack, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _sum_recorded(self, pack: Pack, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Do the same as one operation of a graph, in which nothing may branch on the sum."""
         name = _group_name(self.reducer)
         if shift is None:
@@ -242,6 +244,8 @@ class Exchange:
     def _sum(self, vector: Tensor, direction: str) -> Tensor:
         if DEBUG_VARIABLE in os.environ and _debug_timeout_s() is not None:
             self._require_agreement(self._position(direction))
+        if type(vector) is not Tensor and _is_stand_in(vector):
+            return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
         try:
             return self.reducer.sum(vector)
         except RuntimeError as error:
@@ -325,6 +329,22 @@ def _debug_timeout_s() -> float | None:
             "or unset it"
         )
     return timeout_s
+
+
+def _recording() -> bool:
+    """Return whether operations are recorded or only tried out, which sees nothing but operations.
+
+    So do torch.compile, `make_fx` and FakeTensorMode.
+    """
+    return torch.compiler.is_compiling() or (
+        listeners() > 0 and any(_mode_of(key) is not None for key in _RECORDING)
+    )
+
+
+def _is_stand_in(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for others, or for none, and has no memory of its own."""
+    keys = torch._C._dispatch_keys(tensor)  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+    return keys.has(torch._C.DispatchKey.Python)  # pyright: ignore[reportPrivateUsage] -- as above
 
 
 def _single_value() -> InputError:

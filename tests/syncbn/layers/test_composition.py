@@ -3,14 +3,16 @@
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -363,6 +365,45 @@ def _ensemble_differentiated_outside(relu: bool, added: bool) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 def test_gradient_through_an_ensemble_is_that_of_its_members(relu: bool, added: bool) -> None:
     run_world(2, _ensemble_differentiated_outside, relu, added)
+
+
+def _recorded(tracing_mode: Literal["real", "fake"]) -> None:
+    x = _share(rows=8)
+    recorded = _network(syncbn.SyncBatchNorm)
+    recorded(x)  # the ranks share memory now
+
+    def step(x: Tensor) -> list[Tensor]:
+        output = recorded(x)
+        return [output, *torch.autograd.grad(output.pow(3).sum(), list(recorded.parameters()))]
+
+    graph = make_fx(step, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
+    recorded.load_state_dict(_network(syncbn.SyncBatchNorm).state_dict())
+    model = _network(syncbn.SyncBatchNorm)
+    for step_number in range(3):
+        batch = x * (step_number + 2) + 100
+        output = model(batch)
+        expected = torch.autograd.grad(output.pow(3).sum(), list(model.parameters()))
+        torch.testing.assert_close(graph(batch), [output, *expected])
+    torch.testing.assert_close(recorded.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+def test_recorded_operations_sum_over_ranks_where_they_run(tracing_mode: str) -> None:
+    run_world(2, _recorded, tracing_mode)
+
+
+def _tried_out() -> None:
+    syncbn.SyncBatchNorm(3)(torch.randn(4, 3))  # the ranks share memory now
+    with FakeTensorMode():
+        layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+        with recorded_all_reduces() as sent:
+            layer(x).sum().backward()
+        assert isinstance(x.grad, FakeTensor)
+    assert not sent
+
+
+def test_tensors_without_values_are_normalized_without_a_sum() -> None:
+    run_world(2, _tried_out)
 
 
 # A layer with a process group can be copied and pickled.
