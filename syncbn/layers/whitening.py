@@ -16,7 +16,11 @@ from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
-from syncbn.ops.batch_norm import reason_to_refuse, reason_to_refuse_sharded
+from syncbn.ops.batch_norm import (
+    reason_to_refuse,
+    reason_to_refuse_parameters,
+    reason_to_refuse_sharded,
+)
 from syncbn.ops.covariance import global_covariance
 from syncbn.ops.inverse_sqrt import inverse_root
 
@@ -78,7 +82,8 @@ class SyncWhitening(Synchronized):
 
     Raises:
         InputError: an argument is out of its range. In `forward`, before anything is sent: the
-            input is not floating point, or not (N, num_features, *); on every replica: all of them
+            input is not floating point, or not (N, num_features, *), or weight or bias not of shape
+            (num_features,); on every replica: all of them
             together hold one value per channel (without running statistics, and in evaluation, this
             one alone), or `join()` is active.
         ReplicaError: in `forward` or `backward`: the all-reduce failed, or the replicas did not
@@ -176,7 +181,8 @@ class SyncWhitening(Synchronized):
         if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
             shape = tuple(input.shape)
             reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
-        if reason := reason or reason_to_refuse(input):
+        reason = reason or reason_to_refuse(input)
+        if reason := reason or reason_to_refuse_parameters(input, self.weight, self.bias):
             if self.training:
                 self._exchange(input).refuse(input.device, reason, self._sums())
             raise InputError(reason)

@@ -648,3 +648,12 @@ def test_wrong_inputs_are_explained(training: bool) -> None:
     ):
         with pytest.raises(InputError, match=message):
             layer(x)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+def test_parameter_of_one_group_is_not_taken_for_those_of_all(name: str, training: bool) -> None:
+    layer = SyncWhitening(6, 3).train(training)
+    setattr(layer, name, nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match=rf"a {name} of shape \(6,\) .* got \(3,\)"):
+        layer(torch.randn(8, 6))
