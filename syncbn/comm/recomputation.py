@@ -107,10 +107,14 @@ def region() -> Region | None:
     return _read_stack()
 
 
-def repeats() -> bool:
-    """Return whether the current call is one that activation checkpointing repeats."""
-    current = region()
-    return current is not None and current.repeats is not None
+def unless_repeated(work: Callable[[], None]) -> None:
+    """Do what a forward does once, such as to move running statistics, and a recomputation not."""
+    current = None if torch.compiler.is_compiling() else region()
+    if current is None:
+        work()
+    elif current.repeats is None:
+        with current.hidden():
+            work()
 
 
 def _read_stack() -> Region | None:

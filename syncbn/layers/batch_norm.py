@@ -6,7 +6,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from syncbn.comm.exchange import Exchange
-from syncbn.comm.recomputation import region
+from syncbn.comm.recomputation import unless_repeated
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
 from syncbn.kernels.choice import select_kernels
@@ -217,12 +217,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         if running_mean is None or running_var is None or num_batches_tracked is None:
             return
         buffers = running_mean, running_var, num_batches_tracked
-        checkpointed = None if torch.compiler.is_compiling() else region()
-        if checkpointed is None:
-            kernels.update_running(moments, *buffers, self.momentum)
-        elif checkpointed.repeats is None:
-            with checkpointed.hidden():
-                kernels.update_running(moments, *buffers, self.momentum)
+        unless_repeated(lambda: kernels.update_running(moments, *buffers, self.momentum))
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage] -- as above

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.comm.exchange import Exchange
-from syncbn.comm.recomputation import region
+from syncbn.comm.recomputation import unless_repeated
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
@@ -214,12 +214,7 @@ class SyncWhitening(Synchronized):
         root = inverse_root(regular) if self.method == "zca" else self._iterate(regular)
         matrix = torch.where(finite, root, torch.nan)
         if self.training and self.track_running_stats:
-            checkpointed = None if torch.compiler.is_compiling() else region()
-            if checkpointed is None:
-                self._track(count, mean, matrix)
-            elif checkpointed.repeats is None:
-                with checkpointed.hidden():
-                    self._track(count, mean, matrix)
+            unless_repeated(lambda: self._track(count, mean, matrix))
         return self._apply_to(values, offset, matrix, input)
 
     def _grouped(self, input: Tensor) -> Tensor:
