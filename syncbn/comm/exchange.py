@@ -106,9 +106,8 @@ class Exchange:
         """
         if self.reducer.world_size == 1:
             return vector
-        if _recording():
-            return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
-        if not has_memory(vector):  # of `is_grads_batched`, which calls an operator for each member
+        # Without memory in `is_grads_batched`, which calls an operator for each member.
+        if _recording() or not has_memory(vector):
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
         return self._sum(vector, direction)
 
@@ -188,8 +187,7 @@ class Exchange:
         if shift is None:
             return torch.ops.syncbn.sum_about(pack(None), None, None, name)[0], None
         total, about = torch.ops.syncbn.sum_about(pack(shift), pack(None), shift, name)
-        mean = total[1 : 1 + self.channels] / total[0].clamp(min=1) + about
-        shift.copy_(torch.where((total[0] > 0) & mean.isfinite(), mean, shift))
+        _set_to_mean(shift, total, about)
         return total, about
 
     def refuse(self, device: torch.device, reason: str, size: int | None = None) -> None:
@@ -309,9 +307,13 @@ def _move(shift: Tensor, total: Tensor, about_shift: bool) -> None:
         address = shift.data_ptr()
         _native.library.syncbn_move_shift(total.data_ptr(), channels, about_shift, address)
         return
-    mean = total[1 : 1 + channels] / total[0].clamp(min=1)
-    if about_shift:
-        mean = mean + shift
+    _set_to_mean(shift, total, shift if about_shift else None)
+
+
+def _set_to_mean(shift: Tensor, total: Tensor, about: Tensor | None) -> None:
+    mean = total[1 : 1 + shift.shape[0]] / total[0].clamp(min=1)
+    if about is not None:
+        mean = mean + about
     shift.copy_(torch.where((total[0] > 0) & mean.isfinite(), mean, shift))
 
 
