@@ -234,7 +234,8 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
-        y = _normalize(*inputs)
+        x, weight, bias, residual, statistics, relu, kernels, _ = inputs
+        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
         _save(ctx, inputs, y)
         return y
 
@@ -263,10 +264,12 @@ class _CompiledBatchNorm(torch.autograd.Function):
         kernels: Kernels,
         exchange: Exchange,
     ) -> Tensor:
-        y = _normalize(x, weight, bias, residual, statistics, relu, kernels, exchange)
-        # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast to
-        # the dtype that it has; the compiler fuses the copy away.
-        return y.clone(memory_format=torch.preserve_format)
+        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
+        if torch.compiler.is_compiling():
+            # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
+            # to the dtype that it has; the compiler fuses the copy away.
+            y = y.clone(memory_format=torch.preserve_format)
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -283,19 +286,6 @@ class _TransformedBatchNorm(_CompiledBatchNorm):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- as above
         return tangent(ctx, *tangents)
-
-
-def _normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    statistics: Tensor,
-    relu: bool,
-    kernels: Kernels,
-    exchange: Exchange,
-) -> Tensor:
-    return kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
