@@ -9,14 +9,14 @@ from syncbn.comm import fork
 from syncbn.errors import ReplicaError
 
 
-class ProcessGroupReducer:
-    """Sums over the ranks of a process group, of any backend and device.
+class GroupMember:
+    """This process as a member of a process group, which it does not keep alive.
 
-    Does not keep the group alive: the graph of an old loss may hold the reducer for longer than
-    the user wants the group, and its threads, to live.
+    The graph of an old loss may hold a reducer for longer than the user wants the group, and its
+    threads, to live.
 
     Args:
-        group: the process group. Its time-out bounds every wait.
+        group: the process group.
 
     Attributes:
         world_size: how many ranks the group has.
@@ -41,6 +41,22 @@ class ProcessGroupReducer:
             raise ReplicaError("the process group has been destroyed")
         return group
 
+    def require_own_process(self) -> None:
+        """Raise in a child that was forked from the member.
+
+        Raises:
+            ReplicaError: this is one.
+        """
+        if self._depth != fork.depth:
+            raise fork.refuse()
+
+
+class ProcessGroupReducer(GroupMember):
+    """Sums over the ranks of a process group, of any backend and device.
+
+    Does not keep the group alive. The group's time-out bounds every wait.
+    """
+
     def sum(self, vector: Tensor) -> Tensor:
         """Return the sum over the group's ranks; one all-reduce of the vector's size.
 
@@ -48,8 +64,7 @@ class ProcessGroupReducer:
             ReplicaError: this process was forked from the group's member, or the group has been
                 destroyed.
         """
-        if self._depth != fork.depth:
-            raise fork.refuse()
+        self.require_own_process()
         total = vector.clone()
         dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total

@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import _native
-from syncbn.comm import fork
 from syncbn.comm.channel import Channel, Member
 from syncbn.comm.gather import all_gather
-from syncbn.comm.process_group import ProcessGroupReducer
+from syncbn.comm.process_group import GroupMember, ProcessGroupReducer
 from syncbn.errors import InputError, ReplicaError
 
 # Connections between the first ranks of a group's hosts. They live as long as the group: nothing
@@ -26,7 +25,7 @@ _connections: "weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroupGlo
 _connections = weakref.WeakKeyDictionary()
 
 
-class SharedMemoryReducer:
+class SharedMemoryReducer(GroupMember):
     """Sums vectors of any length over a group whose ranks, or some of them, share a host.
 
     The ranks of one host sum in shared memory, in float64 and in the order of their numbers. If the
@@ -51,25 +50,10 @@ class SharedMemoryReducer:
     """
 
     def __init__(self, group: dist.ProcessGroup, insist: bool) -> None:
-        self._group = weakref.ref(group)
+        super().__init__(group)
         self.insist = insist
-        self.world_size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        self._depth = fork.depth
         self._lock = threading.Lock()
         self._route: Channel | _SeveralHosts | ProcessGroupReducer | None = None
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group.
-
-        Raises:
-            ReplicaError: it has been destroyed.
-        """
-        group = self._group()
-        if group is None:
-            raise ReplicaError("the process group has been destroyed")
-        return group
 
     def sum(self, vector: Tensor) -> Tensor:
         """Return the sum over the group's ranks.
@@ -81,8 +65,7 @@ class SharedMemoryReducer:
                 time-out; or this process was forked from the group's member.
         """
         # Before the lock, which a thread that the child does not have may hold.
-        if self._depth != fork.depth:
-            raise fork.refuse()
+        self.require_own_process()
         with self._lock:
             route = self._route or self._connect()
             if vector.dtype is torch.float64 and vector.is_cpu and vector.is_contiguous():
