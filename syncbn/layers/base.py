@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn.comm.exchange import Exchange, Memory
 from syncbn.comm.reducer import CHOICES, select_reducer
 from syncbn.errors import InputError
+from syncbn.ops.batch_norm import reason_to_refuse, reason_to_refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Synchronized(nn.Module):
         """Return what a call of this layer with an input exchanges."""
         reducer = select_reducer(self._group(), input.device, self.reducer)
         return Exchange(reducer, self._memory, self.num_features, input.dtype)
+
+    def _reason_to_refuse(self, input: Tensor, residual: Tensor | None = None) -> str:
+        """Return what is wrong with an input; '' for nothing."""
+        tensors: tuple[Any, ...] = residual, self.weight, self.bias, self.running_mean
+        if reason := reason_to_refuse_sharded(input, *tensors):
+            return reason
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            shape = tuple(input.shape)
+            return f"expected an input of shape (N, {self.num_features}, *), got {shape}"
+        return reason_to_refuse(input)
 
     def _group(self) -> dist.ProcessGroup | None:
         group = self.process_group

@@ -19,9 +19,7 @@ from syncbn.ops.batch_norm import (
     alike,
     global_moments,
     normalize,
-    reason_to_refuse,
     reason_to_refuse_parameters,
-    reason_to_refuse_sharded,
 )
 
 _RUNNING = "running_mean", "running_var", "num_batches_tracked"
@@ -165,12 +163,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
                     "model.eval(), or revert_sync_batchnorm(model), before"
                 )
             return  # sizes are no numbers now; torch's operations check them
-        parameters = self.weight, self.bias, self.running_mean
-        reason = reason_to_refuse_sharded(input, residual, *parameters)
-        if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
-            shape = tuple(input.shape)
-            reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
-        if not (reason := reason or reason_to_refuse(input)):
+        if not (reason := self._reason_to_refuse(input, residual)):
             return
         if self.training:
             self._exchange(input).refuse(input.device, reason)

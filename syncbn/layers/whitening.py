@@ -16,11 +16,7 @@ from syncbn.comm.recomputation import unless_repeated
 from syncbn.comm.reducer import SingleReplica
 from syncbn.errors import InputError
 from syncbn.layers.base import Synchronized, adopt, check_reducer, refuse_join
-from syncbn.ops.batch_norm import (
-    reason_to_refuse,
-    reason_to_refuse_parameters,
-    reason_to_refuse_sharded,
-)
+from syncbn.ops.batch_norm import reason_to_refuse_parameters
 from syncbn.ops.covariance import global_covariance
 from syncbn.ops.inverse_sqrt import inverse_root
 
@@ -176,12 +172,7 @@ class SyncWhitening(Synchronized):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the whitened input, of the same shape, dtype and memory format."""
-        parameters = self.weight, self.bias, self.running_mean
-        reason = reason_to_refuse_sharded(input, *parameters)
-        if not reason and (input.dim() < 2 or input.shape[1] != self.num_features):
-            shape = tuple(input.shape)
-            reason = f"expected an input of shape (N, {self.num_features}, *), got {shape}"
-        reason = reason or reason_to_refuse(input)
+        reason = self._reason_to_refuse(input)
         if reason := reason or reason_to_refuse_parameters(input, self.weight, self.bias):
             if self.training:
                 self._exchange(input).refuse(input.device, reason, self._sums())

@@ -89,7 +89,7 @@ def sync_batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1 and the gradient of
     section 3.
     """
-    reason = reason_to_refuse(x) or reason_to_refuse_sharded(residual)
+    reason = reason_to_refuse(x) or reason_to_refuse_sharded(weight, bias, residual)
     if residual is not None and not reason and not alike(x, residual):
         reason = (
             f"expected a residual like the input, of shape {tuple(x.shape)}, {x.dtype}, on "
@@ -136,8 +136,6 @@ def reason_to_refuse_parameters(x: Tensor, weight: Tensor | None, bias: Tensor |
 
     The native kernels read as many values as the input has channels, whether they are there or not.
     """
-    if reason := reason_to_refuse_sharded(weight, bias):
-        return reason
     channels = x.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (channels,):
