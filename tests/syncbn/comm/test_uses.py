@@ -1,6 +1,7 @@
 """What every use of an exchange has from it: layers, gradients and baselines alike."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -22,14 +23,14 @@ from tests.support.world import run_world
 CHANNELS = 4
 
 
-class _Use:
+class _Use(ABC):
     """One use of the exchange: what it makes of this rank's rows, and of the whole batch."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class _Layer(_Use):
