@@ -4,7 +4,6 @@ Every layer, gradient and baseline that adds something up over replicas does it 
 """
 
 import gc
-import os
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +19,9 @@ from syncbn.comm.diagnose import require_agreement
 from syncbn.comm.fingerprint import add_fingerprint, count_of, invalidate, is_valid
 from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import Reducer, select_reducer
+from syncbn.environment import DEBUG, variable
 from syncbn.errors import InputError, ReplicaError
 
-DEBUG_VARIABLE = "SYNCBN_DEBUG_TIMEOUT_S"
 _mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore[reportPrivateUsage] -- as above
 # How long to wait for the other ranks' account of what they are doing, once something is wrong.
@@ -240,7 +239,7 @@ class Exchange:
         return Exchange(self.reducer, None, members * self.channels, self.dtype)
 
     def _sum(self, vector: Tensor, direction: str) -> Tensor:
-        if DEBUG_VARIABLE in os.environ and _debug_timeout_s() is not None:
+        if _debug_timeout_s() is not None:
             self._require_agreement(self._position(direction))
         if type(vector) is not Tensor and _is_stand_in(vector):
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
@@ -250,7 +249,7 @@ class Exchange:
             raise ReplicaError(
                 f"rank {self.reducer.rank} {self._position(direction)} and got no sum over the "
                 f"{self.world_size} ranks: {error}. A rank died, or did not call this layer; "
-                f"{DEBUG_VARIABLE}=60 in the environment makes every call say which"
+                f"{DEBUG}=60 in the environment makes every call say which"
             ) from error
 
     def _position(self, direction: str) -> str:
@@ -318,7 +317,7 @@ def _set_to_mean(shift: Tensor, total: Tensor, about: Tensor | None) -> None:
 
 
 def _debug_timeout_s() -> float | None:
-    setting = os.environ.get(DEBUG_VARIABLE)
+    setting = variable(DEBUG)
     if not setting:
         return None
     try:
@@ -327,7 +326,7 @@ def _debug_timeout_s() -> float | None:
         timeout_s = 0.0
     if not 0 < timeout_s < float("inf"):
         raise InputError(
-            f"{DEBUG_VARIABLE} is {setting!r}; set it to a positive number of seconds, such as 60, "
+            f"{DEBUG} is {setting!r}; set it to a positive number of seconds, such as 60, "
             "or unset it"
         )
     return timeout_s

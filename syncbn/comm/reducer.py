@@ -16,6 +16,7 @@ from torch import Tensor
 from syncbn.comm import fork
 from syncbn.comm.process_group import ProcessGroupReducer
 from syncbn.comm.shared_memory import SharedMemoryReducer
+from syncbn.environment import REDUCER, variable
 from syncbn.errors import InputError
 
 # torch.distributed.nn.functional has the default group of the moment when it is first imported as a
@@ -71,8 +72,6 @@ class SingleReplica:
 
 _SINGLE = SingleReplica()
 
-
-VARIABLE = "SYNCBN_REDUCER"
 CHOICES = ("auto", "shared_memory", "process_group")
 
 # What was selected for a group, by (choice, whether the vectors are on the CPU). No reducer keeps
@@ -110,7 +109,7 @@ def select_reducer(
         return _SINGLE
     if torch.compiler.is_compiling():  # a graph holds a group by its name, and selects when it runs
         return _SINGLE if dist.get_world_size(group) <= 1 else ProcessGroupReducer(group)
-    wish = choice or os.environ.get(VARIABLE) or "auto", device is None or device.type == "cpu"
+    wish = choice or variable(REDUCER) or "auto", device is None or device.type == "cpu"
     known = _selected.get(group)
     reducer = None if known is None else known.get(wish)
     if reducer is None:
@@ -128,7 +127,7 @@ def _select(
     fork.require_own(group)
     if choice not in CHOICES:
         raise InputError(
-            f"the reducer, or {VARIABLE}, is {choice!r}; set it to {' or '.join(CHOICES)}"
+            f"the reducer, or {REDUCER}, is {choice!r}; set it to {' or '.join(CHOICES)}"
         )
     insist = choice == "shared_memory"
     if insist and not on_cpu:

@@ -1,17 +1,15 @@
 """Which kernels compute: those of C++ for tensors on the CPU, and the reference for all others."""
 
-import os
-
 from torch import Tensor
 
 from syncbn import _native
 from syncbn._native.plain import is_unobserved
+from syncbn.environment import KERNELS, variable
 from syncbn.errors import InputError
 from syncbn.kernels.native import PLAIN, NativeKernels, can_read
 from syncbn.kernels.protocol import Kernels
 from syncbn.kernels.reference import ReferenceKernels
 
-VARIABLE = "SYNCBN_KERNELS"
 _REFERENCE, _NATIVE = ReferenceKernels(), NativeKernels()
 
 
@@ -28,16 +26,16 @@ def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
     Raises:
         InputError: the variable has another value, or insists on kernels that are not there.
     """
-    choice, available = os.environ.get(VARIABLE), _native.library is not None
+    choice, available = variable(KERNELS), _native.library is not None
     if choice is not None and choice != "auto":
         if choice not in ("native", "reference"):
-            raise InputError(f"{VARIABLE} is {choice!r}; set it to auto, native or reference")
+            raise InputError(f"{KERNELS} is {choice!r}; set it to auto, native or reference")
         if choice == "reference":
             return _REFERENCE
         if not available:
             raise InputError(
                 "the native kernels are not there; install g++ or clang++ and then syncbn again, "
-                f"or set {VARIABLE} to auto or reference"
+                f"or set {KERNELS} to auto or reference"
             )
     if not (available and can_read(x, *others)):
         return _REFERENCE

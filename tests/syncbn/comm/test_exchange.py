@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn import _native
-from syncbn.comm.exchange import DEBUG_VARIABLE, _move  # pyright: ignore[reportPrivateUsage] -- both of its versions are compared
+from syncbn.comm.exchange import _move  # pyright: ignore[reportPrivateUsage] -- both of its versions are compared
+from syncbn.environment import DEBUG
 from syncbn.errors import InputError, ReplicaError
 from tests.support.world import WorldError, run_world
 
@@ -122,7 +123,7 @@ def test_layers_in_another_order_are_noticed_without_being_asked() -> None:
 
 def _checked(case: str) -> str:
     # Ranks are forked from a server, which does not see what the test sets.
-    with mock.patch.dict(os.environ, {DEBUG_VARIABLE: "3"}):
+    with mock.patch.dict(os.environ, {DEBUG: "3"}):
         rank = dist.get_rank()
         model = _Net(second=CHANNELS + 2)
         match case:
@@ -167,7 +168,7 @@ def test_checked_calls_name_layer_rank_and_difference(case: str, parts: list[str
 
 
 def _refused_on_one_rank(checked: bool) -> str:
-    settings = {DEBUG_VARIABLE: "3"} if checked else {}
+    settings = {DEBUG: "3"} if checked else {}
     with mock.patch.dict(os.environ, settings):
         model = _Net()
         x = _batch(CHANNELS + dist.get_rank())
@@ -230,14 +231,12 @@ def test_rank_killed_amid_a_collective_leaves_no_peer_hanging(tmp_path: Path) ->
 @pytest.mark.parametrize("setting", ["soon", "0", "-1", "inf", "nan"])
 def test_meaningless_debug_setting_is_refused(setting: str) -> None:
     messages = run_world(2, _with_setting, setting)
-    assert all(
-        message.startswith(f"{DEBUG_VARIABLE} is {setting!r}; set it to") for message in messages
-    )
+    assert all(message.startswith(f"{DEBUG} is {setting!r}; set it to") for message in messages)
 
 
 def _with_setting(setting: str) -> str:
     with (
-        mock.patch.dict(os.environ, {DEBUG_VARIABLE: setting}),
+        mock.patch.dict(os.environ, {DEBUG: setting}),
         pytest.raises(InputError) as caught,
     ):
         _Net().first(_batch())

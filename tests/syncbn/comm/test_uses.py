@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
-from syncbn.comm.exchange import DEBUG_VARIABLE, Memory
+from syncbn.comm.exchange import Memory
+from syncbn.environment import DEBUG
 from syncbn.errors import InputError, ReplicaError
 from tests.support.traffic import recorded_all_reduces
 from tests.support.world import run_world
@@ -184,7 +185,7 @@ def test_nothing_is_sent_in_a_world_of_one(name: str) -> None:
 
 def _refused(checked: bool) -> list[str]:
     texts: list[str] = []
-    with mock.patch.dict(os.environ, {DEBUG_VARIABLE: "3"} if checked else {}):
+    with mock.patch.dict(os.environ, {DEBUG: "3"} if checked else {}):
         for use in USES.values():
             x = _rows(0)
             wrong = dist.get_rank() == 1
