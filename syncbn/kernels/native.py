@@ -1,6 +1,7 @@
 """The kernels in C++, for tensors on the CPU; `syncbn/_native/` has the loops."""
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -78,8 +79,8 @@ class NativeKernels:
             is_unobserved()
             and are_plain(moments.packed, *buffers)
             and (momentum is None or momentum >= 0)
-            and running_mean.shape == running_var.shape == (channels,)
-            and num_batches_tracked.dim() == 0
+            and running_mean.numel() == running_var.numel() == channels
+            and num_batches_tracked.numel() == 1
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()
@@ -120,37 +121,60 @@ class PlainKernels(NativeKernels):
 
     def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """See `NativeKernels`."""
-        return self.reduce_rounded(dy, x, norm, None, None)
+        return self.gradients(dy, x, norm, None, None, None)[0]
 
-    def reduce_rounded(
+    def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
+        """See `NativeKernels`."""
+        if sums.dtype is not torch.float64 or not sums.is_contiguous():
+            sums = sums.double().contiguous()
+        return _input_gradient(laid_out_as(x, dy), x, _layout(x), _pointers(norm), sums)
+
+    def gradients(
         self,
         dy: Tensor,
         x: Tensor,
         norm: Normalization,
         dweight: Tensor | None,
         dbias: Tensor | None,
-    ) -> Tensor:
-        """Do `backward_reduce`, and write the sums rounded to float32 into the given tensors."""
+        add_up: Callable[[Tensor], Tensor] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do `backward_reduce`, add up over replicas, and do `backward_input`, if there is add_up.
+
+        Args:
+            dy: gradient of the output.
+            x: the input.
+            norm: normalized it.
+            dweight: receives Σdy·x̂ of this replica, rounded to float32.
+            dbias: receives Σdy, as well.
+            add_up: returns the sum of all replicas' vectors; None if dx is not wanted.
+
+        Returns:
+            This replica's Σdy and Σdy·x̂, and dx.
+        """
         dy, sums = laid_out_as(x, dy), _vector(2 * x.shape[1])
+        layout, by = _layout(x), _pointers(norm)
         _library().syncbn_backward_reduce(
-            _layout(x),
+            layout,
             dy.data_ptr(),
             x.data_ptr(),
-            _pointers(norm),
+            by,
             sums.data_ptr(),
             None if dweight is None else dweight.data_ptr(),
             None if dbias is None else dbias.data_ptr(),
         )
-        return sums
+        if add_up is None:
+            return sums, None
+        return sums, _input_gradient(dy, x, layout, by, add_up(sums))
 
-    def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
-        """See `NativeKernels`."""
-        dy, dx = laid_out_as(x, dy), torch.empty_like(x)
-        if sums.dtype is not torch.float64 or not sums.is_contiguous():
-            sums = sums.double().contiguous()
-        tensors = dy.data_ptr(), x.data_ptr(), _pointers(norm)
-        _library().syncbn_backward_input(_layout(x), *tensors, sums.data_ptr(), dx.data_ptr())
-        return dx
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, layout: _native.Layout, by: _native.Normalization, sums: Tensor
+) -> Tensor:
+    dx = torch.empty_like(x)
+    _library().syncbn_backward_input(
+        layout, dy.data_ptr(), x.data_ptr(), by, sums.data_ptr(), dx.data_ptr()
+    )
+    return dx
 
 
 _REFERENCE = ReferenceKernels()

@@ -14,7 +14,7 @@ from syncbn.comm.exchange import Exchange
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
 from syncbn.kernels.choice import select_kernels
-from syncbn.kernels.native import PLAIN, NativeKernels, can_read, laid_out_as
+from syncbn.kernels.native import PLAIN, NativeKernels, can_read
 from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments, from_summable, statistics_of, to_summable
@@ -107,10 +107,11 @@ def sync_batch_norm(
 
 def reason_to_refuse(x: Tensor) -> str:
     """Return what is wrong with an input of any number of channels; '' for nothing."""
-    if x.dim() < 2:
-        return f"expected an input of shape (N, C, *), got {tuple(x.shape)}; add a batch dimension"
-    if x.shape[1] == 0:
-        return f"expected channels to normalize, got an input of shape {tuple(x.shape)}"
+    shape = x.shape
+    if len(shape) < 2:
+        return f"expected an input of shape (N, C, *), got {tuple(shape)}; add a batch dimension"
+    if shape[1] == 0:
+        return f"expected channels to normalize, got an input of shape {tuple(shape)}"
     if not x.is_floating_point():
         return f"expected a floating-point input, got {x.dtype}; convert it first"
     return reason_to_refuse_sharded(x)
@@ -138,7 +139,7 @@ def reason_to_refuse_parameters(x: Tensor, weight: Tensor | None, bias: Tensor |
     """
     channels = x.shape[1]
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (channels,):
+        if parameter is not None and (parameter.dim() != 1 or parameter.numel() != channels):
             shape = tuple(parameter.shape)
             return (
                 f"expected a {name} of shape ({channels},) like the input's channels, got {shape}"
@@ -163,6 +164,8 @@ def global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
         InputError: all replicas together hold a single value per channel.
         ReplicaError: the replicas did not make the same call, or one is gone.
     """
+    if kernels is PLAIN:  # torch does not see what they do
+        return _global_moments(x, kernels, exchange)
     if transforming() and not torch.compiler.is_compiling():
         packed: Tensor = _GlobalMoments.apply(x.detach(), kernels, exchange)  # pyright: ignore[reportAssignmentType] -- torch types Function.apply as Any or None
         return Moments(packed)
@@ -292,12 +295,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
     # The ReLU's mask is found again from x and the bias, unless a residual was added, or a tangent
     # needs y itself.
-    ctx.relu = relu and residual is None and not _forward_mode()
+    forward_mode = _forward_mode()
+    ctx.relu = relu and residual is None and not forward_mode
     kept_bias = bias if ctx.relu else None
     kept_output = y if relu and not ctx.relu else None
     saved = x, weight, kept_bias, kept_output, statistics
     ctx.save_for_backward(*saved)
-    if _forward_mode():
+    if forward_mode:
         ctx.save_for_forward(*saved)  # the same: vmap knows the axis of members of one list alone
 
 
@@ -312,22 +316,22 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
     norm = Normalization(statistics, weight, bias, ctx.relu)
     kernels, add_up = ctx.kernels, exchange.sum
-    if kernels is PLAIN:
-        if can_read(x, dy, weight, bias) and is_unobserved():
-            dy = laid_out_as(x, dy)  # once, for both kernels
-        else:
-            kernels = NativeKernels()  # they look for themselves
+    if kernels is PLAIN and not (is_unobserved() and can_read(x, dy, weight, bias)):
+        kernels = NativeKernels()  # they look for themselves
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
         norm = as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
     dweight = dbias = None
-    if kernels is PLAIN and weight is not None and weight.dtype is torch.float32:
-        dweight = torch.empty_like(weight) if needs[1] else None
-        dbias = torch.empty_like(weight) if needs[2] and ctx.bias_dtype is weight.dtype else None
-        sums = PLAIN.reduce_rounded(dy, x, norm, dweight, dbias)
+    if kernels is PLAIN:
+        if weight is not None and weight.dtype is torch.float32:
+            dweight = torch.empty_like(weight) if needs[1] else None
+            dbias = (
+                torch.empty_like(weight) if needs[2] and ctx.bias_dtype is weight.dtype else None
+            )
+        sums, dx = PLAIN.gradients(dy, x, norm, dweight, dbias, add_up if needs[0] else None)
     else:
         sums = kernels.backward_reduce(dy, x, norm)
-    dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
+        dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
     if needs[1] and dweight is None:
         assert weight is not None  # as its gradient is needed
         dweight = sums.chunk(2)[1].to(weight.dtype)
