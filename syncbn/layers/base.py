@@ -44,13 +44,21 @@ class Synchronized(nn.Module):
 
     def _reason_to_refuse(self, input: Tensor, residual: Tensor | None = None) -> str:
         """Return what is wrong with an input; '' for nothing."""
-        tensors: tuple[Any, ...] = residual, self.weight, self.bias, self.running_mean
+        own = self._own
+        tensors = residual, own("weight"), own("bias"), own("running_mean")
         if reason := reason_to_refuse_sharded(input, *tensors):
             return reason
-        if input.dim() < 2 or input.shape[1] != self.num_features:
-            shape = tuple(input.shape)
-            return f"expected an input of shape (N, {self.num_features}, *), got {shape}"
+        shape = input.shape
+        if len(shape) < 2 or shape[1] != self.num_features:
+            return f"expected an input of shape (N, {self.num_features}, *), got {tuple(shape)}"
         return reason_to_refuse(input)
+
+    def _own(self, name: str) -> Tensor | None:
+        """Return a parameter or buffer, for which nn.Module looks longer."""
+        for tensors in (self._parameters, self._buffers):
+            if name in tensors:
+                return tensors[name]
+        return getattr(self, name)
 
     def _group(self) -> dist.ProcessGroup | None:
         group = self.process_group

@@ -138,7 +138,7 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
 
     def _train(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         refuse_join()
-        weight, bias = self.weight, self.bias
+        weight, bias = self._own("weight"), self._own("bias")
         kernels = select_kernels(input, weight, bias, residual)
         exchange = self._exchange(input)
         if reason := reason_to_refuse_parameters(input, weight, bias):
