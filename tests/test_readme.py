@@ -43,17 +43,20 @@ def test_only_the_two_commands_run_elsewhere_are_not_run_here() -> None:
     ]
 
 
+@pytest.mark.long
 def test_example_ends_with_the_same_statistics_on_both_ranks(output: str) -> None:
     statistics = re.findall(r"rank [01]: running variance (\d+\.\d+)", output)
     assert len(statistics) == 2
     assert statistics[0] == statistics[1]
 
 
+@pytest.mark.long
 def test_training_commands_leave_their_bundles(output: str) -> None:
     assert output.count("bundle written to") == 4
     assert "Groups and their choices" in output
 
 
+@pytest.mark.long
 def test_service_answers_as_the_readme_says(output: str) -> None:
     (label,) = re.findall(
         r'"name":"label","shape":\[1\],"datatype":"BYTES","data":\["(\d)"\]', output

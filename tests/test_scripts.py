@@ -35,6 +35,7 @@ def test_model_of_costs_is_that_of_its_formulas(tmp_path: Path) -> None:
     assert row["ring µs"] == pytest.approx(2 * 14 * alpha_us + 14 / 8 * both_sums * per_byte_us)
 
 
+@pytest.mark.long
 def test_layer_is_timed_beside_that_of_another_checkout() -> None:
     case = {"dtype": "float32", "shape": SMALLEST, "layout": "channels_last"}
     rows = compare(REPOSITORY, turns=1, starts=1, world_sizes=[2], cases=[case])
@@ -45,11 +46,13 @@ def test_layer_is_timed_beside_that_of_another_checkout() -> None:
     assert "W = 2, float32, channels_last: nn.BatchNorm2d " in report(rows)
 
 
+@pytest.mark.long
 def test_checkout_without_a_layer_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"a rank of {tmp_path} ended with 1"):
         compare(tmp_path, turns=1, starts=1, world_sizes=[1])
 
 
+@pytest.mark.long
 def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:
     why = tmp_path / "why"
     command = [sys.executable, "-m", "scripts.chapter", str(why)]
@@ -66,6 +69,7 @@ def test_claims_of_the_chapter_are_drawn(tmp_path: Path) -> None:
     assert (why / "why-delta.png").exists()
 
 
+@pytest.mark.long
 def test_claims_cannot_be_drawn_where_nothing_can_be_written(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

@@ -43,6 +43,7 @@ def test_wheel_without_a_compiler_is_pure_and_computes_the_same(tmp_path: Path) 
     assert "tensor(0., grad_fn=" in result.stdout
 
 
+@pytest.mark.long
 def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> None:
     names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {"syncbn/py.typed", "service/py.typed", "syncbn/conf/config.yaml"} <= names
@@ -58,6 +59,7 @@ def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> 
     assert "syncbn-serve = service.__main__:main" in scripts
 
 
+@pytest.mark.long
 def test_installed_wheel_trains_and_serves_from_another_directory(
     installed: Path, tmp_path: Path
 ) -> None:

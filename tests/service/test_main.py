@@ -113,6 +113,7 @@ def _pids(service: Service) -> set[int]:
     }
 
 
+@pytest.mark.long
 def test_killed_worker_comes_back_and_the_others_serve_on(models: Path, tmp_path: Path) -> None:
     with served(models, tmp_path / "log", "--workers", "2") as service:
         deadline = time.monotonic() + 120

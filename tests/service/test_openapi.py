@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.service.conftest import write_small_bundle
 from tests.support.processes import run
 from tests.support.serving import served
@@ -15,6 +17,7 @@ CHECKS = (
 )
 
 
+@pytest.mark.long
 def test_whatever_is_sent_is_answered_as_described(tmp_path: Path) -> None:
     models = tmp_path / "models"
     write_small_bundle(models / "one")

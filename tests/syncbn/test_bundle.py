@@ -152,11 +152,17 @@ def _round_trip(
     ("name", "more"),
     [
         ("resnet18", {}),
-        ("resnet18", {"norm": "none"}),
+        pytest.param("resnet18", {"norm": "none"}, marks=pytest.mark.long),
         ("mnasnet0_5", {"eps": 0.01}),  # tells by its version that a state dict is not an old one
-        ("regnet_x_400mf", {}),  # reads its widths off tensors while it is built
-        ("swin_v2_t", {}),  # keeps tensors that are not parameters
-        ("resnet50", {"replace_stride_with_dilation": [False, False, True]}),
+        # Reads its widths off tensors while it is built.
+        pytest.param("regnet_x_400mf", {}, marks=pytest.mark.long),
+        # Keeps tensors that are not parameters.
+        pytest.param("swin_v2_t", {}, marks=pytest.mark.long),
+        pytest.param(
+            "resnet50",
+            {"replace_stride_with_dilation": [False, False, True]},
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_models_of_torchvision_are_read_back(

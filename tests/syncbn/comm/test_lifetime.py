@@ -65,6 +65,7 @@ def test_destroyed_subgroup_leaves_no_thread(hosts: list[int]) -> None:
     run_world(len(hosts), _destroy_subgroups, hosts, 3)
 
 
+@pytest.mark.long
 def test_group_can_be_made_again_sixty_times() -> None:
     run_world(3, _destroy_subgroups, [1, 1, 2], 60, deadline_s=120)
 

@@ -488,7 +488,7 @@ def test_rounding_error_of_one_ranks_recomputation_sends_nothing(world_size: int
     _in_world(world_size, _as_the_truth, scenarios)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_dispatch_modes_around_either_pass_change_nothing(world_size: int) -> None:
     _in_world(world_size, _as_the_truth, _modes_in_every_combination())
 

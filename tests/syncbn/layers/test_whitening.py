@@ -543,7 +543,7 @@ def _compiled() -> None:
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_compiles_without_a_break_and_computes_the_same(world_size: int) -> None:
     run_world(world_size, _compiled, deadline_s=120)
 
@@ -566,6 +566,7 @@ def _compiled_and_wrong() -> tuple[str, str]:
     return str(single.value), str(other.value)
 
 
+@pytest.mark.long
 def test_compiled_code_refuses_what_eager_code_refuses() -> None:
     for single, other in run_world(2, _compiled_and_wrong, deadline_s=120):
         assert single.startswith("expected more than 1 value per channel over all replicas")

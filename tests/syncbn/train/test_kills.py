@@ -31,7 +31,7 @@ FULL = (
     [
         pytest.param(2, 20, marks=pytest.mark.long),
         pytest.param(4, 4, marks=pytest.mark.long),
-        (2, 2),
+        pytest.param(2, 2, marks=pytest.mark.long),
     ],
 )
 def test_run_killed_at_random_instants_ends_bit_identical(

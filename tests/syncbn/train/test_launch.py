@@ -169,6 +169,7 @@ def _ranks(launcher: "subprocess.Popen[bytes]") -> list[int]:
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 
 
+@pytest.mark.long
 @NEEDS_PROC
 def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     run_dir = tmp_path / "stopped"

@@ -43,7 +43,7 @@ def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(
     [
         (signal.SIGTERM, "agent"),
         pytest.param(signal.SIGTERM, "a rank", marks=pytest.mark.long),
-        (signal.SIGINT, "a rank"),
+        pytest.param(signal.SIGINT, "a rank", marks=pytest.mark.long),
     ],
 )
 def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
@@ -133,7 +133,7 @@ def make_sleeping(in_channels: int, num_classes: int) -> nn.Module:
     return _Sleeping(in_channels, num_classes)
 
 
-@pytest.mark.parametrize("kind", ["sleeping", "stopped"])
+@pytest.mark.parametrize("kind", [pytest.param("sleeping", marks=pytest.mark.long), "stopped"])
 def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
     tmp_path: Path, kind: str
 ) -> None:

@@ -26,6 +26,7 @@ def make(in_channels: int, num_classes: int, fails: str) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
 
 
+@pytest.mark.long
 def test_jobs_that_fail_are_recorded_with_their_own_error_and_the_others_finish(
     tmp_path: Path,
 ) -> None:
