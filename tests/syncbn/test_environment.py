@@ -1,16 +1,18 @@
 """`syncbn.environment`: a variable is what os.environ says at this moment."""
 
+import os
+
 import pytest
 
 from syncbn import environment
 
 
-@pytest.mark.parametrize("encoded", [True, False])
+@pytest.mark.parametrize("replaced", [False, True])
 def test_variable_is_what_the_environment_says_now(
-    monkeypatch: pytest.MonkeyPatch, encoded: bool
+    monkeypatch: pytest.MonkeyPatch, replaced: bool
 ) -> None:
-    if not encoded:  # a Python, or a system, whose os.environ keeps no encoded names
-        monkeypatch.setattr(environment, "_variables", None)
+    if replaced:  # by something that keeps no encoded names
+        monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in (environment.KERNELS, environment.REDUCER, environment.DEBUG):
         monkeypatch.delenv(name, raising=False)
         assert environment.variable(name) is None
