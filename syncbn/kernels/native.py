@@ -79,8 +79,8 @@ class NativeKernels:
             is_unobserved()
             and are_plain(moments.packed, *buffers)
             and (momentum is None or momentum >= 0)
-            and running_mean.numel() == running_var.numel() == channels
-            and num_batches_tracked.numel() == 1
+            and running_mean.shape == running_var.shape == (channels,)
+            and num_batches_tracked.dim() == 0
             and running_mean.dtype is running_var.dtype is torch.float32
             and num_batches_tracked.dtype is torch.int64
             and running_mean.is_contiguous()

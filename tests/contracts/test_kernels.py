@@ -362,6 +362,13 @@ def test_running_statistics_of_another_size_are_refused(
         kernels.update_running(_batch(7.0), mean, var, torch.tensor(0), 0.1)
 
 
+def test_running_statistics_of_another_shape_are_refused(kernels: Kernels) -> None:
+    column = torch.zeros(5, 1)
+    for mean, var in ((column, torch.zeros(5)), (torch.zeros(5), column)):
+        with pytest.raises(RuntimeError, match="shape"):
+            kernels.update_running(_batch(7.0), mean, var, torch.tensor(0), 0.1)
+
+
 def test_moments_are_left_as_they_are(kernels: Kernels) -> None:
     moments = _batch(7.0)
     before = moments.packed.clone()
