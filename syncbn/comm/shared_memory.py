@@ -17,7 +17,7 @@ from syncbn import _native
 from syncbn.comm.channel import Channel, Member
 from syncbn.comm.gather import all_gather
 from syncbn.comm.process_group import GroupMember, ProcessGroupReducer
-from syncbn.errors import InputError, ReplicaError
+from syncbn.errors import InputError
 
 # Connections between the first ranks of a group's hosts. They live as long as the group: nothing
 # else holds them, neither a reducer nor torch.distributed's own list of groups.
@@ -119,12 +119,12 @@ class SharedMemoryReducer(GroupMember):
         return self._route
 
 
-class _SeveralHosts:
+class _SeveralHosts(GroupMember):
     """Sums in the shared memory of each host, and over gloo among the first ranks of the hosts."""
 
     def __init__(self, channel: Channel, group: dist.ProcessGroup) -> None:
+        super().__init__(group)
         self._channel = channel
-        self._group = weakref.ref(group)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the group's ranks of a contiguous float64 vector on the CPU."""
@@ -133,10 +133,7 @@ class _SeveralHosts:
             # The total of all hosts, plus zeros of those that did not fetch it.
             return self._channel.sum(torch.zeros_like(total))
         try:
-            group = self._group()
-            if group is None:
-                raise ReplicaError("the process group has been destroyed")
-            _connections[group].allreduce([total]).wait()  # pyright: ignore[reportAttributeAccessIssue] -- its stub lacks what it inherits
+            _connections[self.group].allreduce([total]).wait()  # pyright: ignore[reportAttributeAccessIssue] -- its stub lacks what it inherits
         except BaseException:
             self._channel.give_up()
             raise
