@@ -79,9 +79,8 @@ class SyncWhitening(Synchronized):
     Raises:
         InputError: an argument is out of its range. In `forward`, before anything is sent: the
             input is not floating point, or not (N, num_features, *), or weight or bias not of shape
-            (num_features,); on every replica: all of them
-            together hold one value per channel (without running statistics, and in evaluation, this
-            one alone), or `join()` is active.
+            (num_features,); on every replica: all of them together hold one value per channel
+            (without running statistics, and in evaluation, this one alone), or `join()` is active.
         ReplicaError: in `forward` or `backward`: the all-reduce failed, or the replicas did not
             make the same call, or another one refused its input.
 

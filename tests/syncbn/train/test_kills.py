@@ -26,14 +26,8 @@ FULL = (
 )
 
 
-@pytest.mark.parametrize(
-    ("nproc", "kills"),
-    [
-        pytest.param(2, 20, marks=pytest.mark.long),
-        pytest.param(4, 4, marks=pytest.mark.long),
-        pytest.param(2, 2, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("nproc", "kills"), [(2, 20), (4, 4), (2, 2)])
 def test_run_killed_at_random_instants_ends_bit_identical(
     tmp_path: Path, nproc: int, kills: int
 ) -> None:
