@@ -188,7 +188,7 @@ def can_read(x: Tensor, *others: Tensor | None) -> bool:
             return False
     elif not are_plain(x, *others):
         return False
-    return x.dtype in DTYPES and (x.is_contiguous() or _is_channels_last(x))
+    return x.dtype in DTYPES and (x.is_contiguous() or is_channels_last(x))
 
 
 def _library() -> ctypes.CDLL:
@@ -196,7 +196,7 @@ def _library() -> ctypes.CDLL:
     return _native.library
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     channels_last = _CHANNELS_LAST.get(x.dim())
     return channels_last is not None and x.is_contiguous(memory_format=channels_last)
 

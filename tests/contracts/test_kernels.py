@@ -10,6 +10,7 @@ from syncbn.kernels.native import NativeKernels
 from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments
+from tests.support.interpreted import tiles_of
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 
@@ -25,15 +26,21 @@ momenta = pytest.mark.parametrize("momentum", [0.3, None, 0.0, 1.0])
 
 
 @pytest.fixture(
-    params=[None, 0, 1, 2], ids=["reference", *(f"native at level {n}" for n in range(3))]
+    params=[None, 0, 1, 2, 512],
+    ids=["reference", *(f"native at level {n}" for n in range(3)), "triton"],
 )
 def kernels(request: pytest.FixtureRequest) -> Generator[Kernels]:
-    """The reference, and the native kernels at each level of instructions."""
+    """The reference, the native kernels at each level of instructions, and Triton's, interpreted."""
     if request.param is None:
         yield ReferenceKernels()
-        return
-    with limited(request.param):
-        yield NativeKernels()
+    elif request.param <= 2:
+        with limited(request.param):
+            yield NativeKernels()
+    elif getattr(request.node, "callspec").params.get("shape") == (11, 37, 5, 7):
+        pytest.skip("the interpreter takes seconds for each of so many channels")
+    else:
+        with tiles_of(request.param) as kernels:
+            yield kernels
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, offset: float = 0.0) -> Tensor:

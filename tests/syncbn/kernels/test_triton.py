@@ -1,0 +1,66 @@
+"""The kernels in Triton, interpreted: on two ranks, and on data far from 0."""
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from tests.support.interpreted import tiles_of
+from tests.support.world import run_world
+
+ROWS = {"even": (3, 3), "uneven": (1, 5), "empty": (0, 4)}
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    assert x.grad is not None
+    return [y.detach(), x.grad]
+
+
+def _two_ranks(rows: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, sum(rows), 5, 4, 3).unbind()
+    truth: Any = nn.BatchNorm2d(5).double()
+    expected = _step(truth, x.double(), dy.double())
+    layer = syncbn.SyncBatchNorm(5)
+    start = sum(rows[: dist.get_rank()])
+    mine = slice(start, start + rows[dist.get_rank()])
+    with mock.patch.dict("os.environ", SYNCBN_KERNELS="triton"), tiles_of(64):
+        results = _step(layer, x[mine], dy[mine])
+    for result, whole in zip(results, expected, strict=True):
+        # A few roundings in float32 of values below 8.
+        torch.testing.assert_close(result.double(), whole[mine], rtol=0, atol=8 * 4 * 2.0**-24)
+    for parameter, other in zip(layer.parameters(), truth.parameters(), strict=True):
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_var.double(), truth.running_var, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_two_ranks_compute_what_one_process_computes(rows: tuple[int, int]) -> None:
+    run_world(2, _two_ranks, rows)
+
+
+@pytest.mark.parametrize(("mean", "dtype"), [(1e6, torch.float32), (100.0, torch.bfloat16)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_variance_far_from_0_keeps_its_digits(
+    mean: float, dtype: torch.dtype, channels_last: bool
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(16, 3, 20, 20, dtype=torch.float64) + mean).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with tiles_of(512) as kernels:
+        moments = kernels.local_moments(x)
+        again = kernels.local_moments(x)
+    exact = x.double()
+    expected = exact.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(moments.variance(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(again.packed, moments.packed)
