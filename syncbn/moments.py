@@ -9,6 +9,9 @@ from torch import Tensor
 from syncbn import _native
 from syncbn._native.plain import are_plain, is_unobserved
 
+# How many of the leading means a stamp is made of.
+STAMPED = 128
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -116,6 +119,71 @@ def from_summable(vector: Tensor, shift: Tensor | None = None) -> Moments:
     m2 = (second - first * offset).clamp(min=0)
     mean = offset if shift is None else torch.where(count > 0, offset + shift, offset)
     return Moments.of(count, mean, m2)
+
+
+def stamp_of(shift: Tensor) -> Tensor:
+    """Return a whole number below 2⁵² that tells layers apart by the means of their latest batches.
+
+    A hash of the bits of the leading 128 means, in which neither the order of channels nor signs go
+    unnoticed; 0 if all are 0, as before the first batch.
+
+    Args:
+        shift: the means, shape (C,), float64.
+
+    Returns:
+        Shape (1,), float64.
+    """
+    # An odd factor for each channel, and the leading half of a word upon the other; the multiplier,
+    # 2⁶⁴ divided by the golden ratio, spreads a change into the leading bits.
+    words = shift.detach()[:STAMPED].contiguous().view(torch.int64)
+    odd = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=shift.device)
+    mixed = ((words ^ (words >> 32)) * odd).sum(0, keepdim=True) * -7046029254386353131
+    return ((mixed >> 12) & (2**52 - 1)).double()
+
+
+def to_row(moments: Moments, shift: Tensor | None = None) -> Tensor:
+    """Return what one rank tells the others: its moments, and a stamp made of the shift.
+
+    Args:
+        moments: of this rank's batch.
+        shift: the means of the layer's latest batch, which are the same on every rank; None for no
+            stamp, i.e. 0.
+
+    Returns:
+        Shape (2C + 2,), float64: 16C + 16 bytes.
+    """
+    packed = moments.packed
+    return torch.cat([packed, packed.new_zeros(1) if shift is None else stamp_of(shift)])
+
+
+def from_rows(rows: Tensor, shift: Tensor | None = None) -> Moments:
+    """Return the moments of the union of all ranks' batches, from their rows in order of rank.
+
+    With n and m the counts and means of the batches, mean = Σn·m/Σn and M2 = ΣM2 + Σn·(m − mean)².
+    Count and means are NaN if ranks have different stamps, because they called different layers; a
+    stamp of 0 goes with every other.
+
+    Args:
+        rows: those of `to_row` of every rank, shape (W, 2C + 2).
+        shift: set to the means, in place, if they are finite and there are samples; None for
+            nothing to set.
+
+    Source: Chan, Golub and LeVeque (1979), the equations that 2.1 is made of.
+    """
+    rows, stamps = rows.detach().split([rows.shape[1] - 1, 1], 1)
+    channels = rows.shape[1] // 2
+    counts, means, m2 = rows.split([1, channels, channels], 1)
+    alike = ((stamps == 0) | (stamps == stamps.amax())).all()
+    empty = counts == 0
+    count = counts.sum()
+    # An empty batch must not drag the mean towards its placeholder 0.
+    offsets = (counts * (means - means[0])).masked_fill(empty, 0)
+    mean = means[0] + offsets.sum(0) / count.clamp(min=1)
+    squares = (m2 + counts * (means - mean).square()).masked_fill(empty, 0)
+    count, mean = (torch.where(alike, result, torch.nan) for result in (count, mean))
+    if shift is not None:
+        shift.copy_(torch.where((count > 0) & mean.isfinite(), mean, shift))
+    return Moments.of(count, mean, squares.sum(0))
 
 
 def statistics_of(moments: Moments, eps: float) -> Tensor:

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,19 +18,28 @@ from syncbn import _native
 from syncbn._native.plain import are_plain, has_memory, listeners
 from syncbn.comm.diagnose import require_agreement
 from syncbn.comm.fingerprint import add_fingerprint, count_of, invalidate, is_valid
+from syncbn.comm.flight_record import record_of, timeout_s_of
 from syncbn.comm.recomputation import region
 from syncbn.comm.reducer import Reducer, select_reducer
-from syncbn.environment import DEBUG, variable
+from syncbn.environment import DEBUG, KERNELS, variable
 from syncbn.errors import InputError, ReplicaError
+from syncbn.mark import Mark, Marks
+from syncbn.moments import Moments
 
 _mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore[reportPrivateUsage] -- as above
 # How long to wait for the other ranks' account of what they are doing, once something is wrong.
 _ACCOUNT_TIMEOUT_S = 30.0
 
+# More ranks add their moments up instead of gathering them: to merge W moments takes W reads.
+MOST_GATHERED = 32
+
 T = TypeVar("T")
 # Makes the vector to sum, about a shift; None stands for 0.
 Pack = Callable[[Tensor | None], Tensor]
+# Makes a replica's row, stamped by a shift, and merges those of all; see `syncbn.kernels.protocol`.
+Row = Callable[[Tensor | None, Mark | None], Tensor]
+Merge = Callable[[Tensor, Tensor | None, Mark | None], Moments]
 
 
 class Memory:
@@ -94,11 +104,17 @@ class Exchange:
         """How many replicas take part."""
         return self.reducer.world_size
 
-    def sum(self, vector: Tensor, direction: str = "backward") -> Tensor:
+    def sum(
+        self, vector: Tensor, direction: str = "backward", *, overwrite: bool = False
+    ) -> Tensor:
         """Return the sum of all replicas' vectors, bit-identical on all of them.
 
-        The direction, forward or backward, is for errors. Communicates: one all-reduce of the
-        vector; none in a world of one.
+        Communicates: one all-reduce of the vector; none in a world of one.
+
+        Args:
+            vector: this replica's.
+            direction: forward or backward, for errors.
+            overwrite: whether the sum may take the vector's place.
 
         Raises:
             ReplicaError: the replicas did not make the same call, or one is gone.
@@ -108,7 +124,65 @@ class Exchange:
         # Without memory in `is_grads_batched`, which calls an operator for each member.
         if _recording() or not has_memory(vector):
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
-        return self._sum(vector, direction)
+        return self._sum(vector, direction, overwrite)
+
+    def gathers(self, device: torch.device) -> bool:
+        """Return whether replicas gather their moments, by `gather`, or sum them, by `sum_about`.
+
+        They gather on GPUs, where nobody can look at a sum to repeat it about another shift, unless
+        they are too many. The answer is the same on every rank.
+        """
+        return 1 < self.reducer.world_size <= MOST_GATHERED and (
+            device.type != "cpu" or variable(KERNELS) == "triton"
+        )
+
+    def gather(self, row: Row, merge: Merge, device: torch.device) -> Moments:
+        """Return merge(rows of all replicas, in the order of their ranks).
+
+        The shift that the memory knows stamps a row, and becomes the mean of this batch: different
+        stamps show that ranks call different layers. On a GPU the moments are NaN then; on the CPU
+        every rank raises.
+
+        Communicates: one all-gather.
+
+        Args:
+            row: returns this replica's row, given a shift, or None for no stamp.
+            merge: merges the rows, and moves the shift, if it is given one.
+            device: of the rows.
+
+        Raises:
+            ReplicaError: the replicas did not make the same call, or one is gone.
+        """
+        shift = None if self.memory is None else self.memory.shift_for(self.channels, device)
+        if _recording():
+            rows = torch.ops.syncbn.gather(row(shift, None), _group_name(self.reducer))
+            return merge(rows, shift, None)
+
+        def exchange() -> Moments:
+            before, after = self.marks("forward", device) or (None, None)
+            rows = self._gather(row(shift, before))
+            moments = merge(rows, shift, after)
+            if device.type == "cpu" and not is_valid(count_of(moments.packed)):
+                self._require_same_call()
+                rows[:, -1] = 0  # the moments need no shift, whatever one rank's was
+                moments = merge(rows, shift, None)
+            return moments
+
+        return self._once(exchange, lambda: merge(row(None, None).unsqueeze(0), None, None))
+
+    def marks(self, direction: str, device: torch.device) -> Marks | None:
+        """Return what a device shall leave around an exchange, for its flight record; None if none.
+
+        Does not communicate.
+        """
+        if self.reducer.world_size == 1 or torch.compiler.is_compiling():
+            return None
+        record = record_of(device)
+        if record is None:
+            return None
+        assert self.reducer.group is not None
+        timeout_s = timeout_s_of(self.reducer.group, device)
+        return record.depart(partial(self._account, direction), timeout_s)
 
     def sum_about(
         self,
@@ -206,9 +280,13 @@ class Exchange:
         # agreement always does. The caller raises what is wrong here.
         with suppress(RuntimeError):
             if _debug_timeout_s() is None:
-                size = size or 2 * self.channels + 1
+                gathers = size is None and self.gathers(device)
+                size = size or 2 * self.channels + 1 + gathers
                 invalid = torch.full((size,), torch.nan, dtype=torch.float64, device=device)
-                self.reducer.sum(invalid)
+                if gathers:
+                    self.reducer.gather(invalid)
+                else:
+                    self.reducer.sum(invalid)
                 if device.type != "cpu":
                     return
             refusal = f"{self._position('forward')} and refuses its input: {reason}"
@@ -238,19 +316,35 @@ class Exchange:
         """Return the exchange of an ensemble, whose channels stand beside each other."""
         return Exchange(self.reducer, None, members * self.channels, self.dtype)
 
-    def _sum(self, vector: Tensor, direction: str) -> Tensor:
+    def _sum(self, vector: Tensor, direction: str, overwrite: bool = False) -> Tensor:
+        return self._exchange(
+            direction,
+            lambda: (
+                torch.ops.syncbn.sum(vector, _group_name(self.reducer))
+                if type(vector) is not Tensor and _is_stand_in(vector)
+                else self.reducer.sum(vector, overwrite)
+            ),
+        )
+
+    def _gather(self, row: Tensor) -> Tensor:
+        return self._exchange("forward", lambda: self.reducer.gather(row))
+
+    def _exchange(self, direction: str, collective: Callable[[], Tensor]) -> Tensor:
         if _debug_timeout_s() is not None:
             self._require_agreement(self._position(direction))
-        if type(vector) is not Tensor and _is_stand_in(vector):
-            return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
         try:
-            return self.reducer.sum(vector)
+            return collective()
         except RuntimeError as error:
             raise ReplicaError(
-                f"rank {self.reducer.rank} {self._position(direction)} and got no sum over the "
+                f"rank {self.reducer.rank} {self._position(direction)} and got nothing of the "
                 f"{self.world_size} ranks: {error}. A rank died, or did not call this layer; "
                 f"{DEBUG}=60 in the environment makes every call say which"
             ) from error
+
+    def _account(self, direction: str) -> str:
+        """Return the same with the rank, once somebody asks; raises if the group is gone."""
+        assert self.reducer.group is not None
+        return f"rank {self.reducer.rank} {self._position(direction)}"
 
     def _position(self, direction: str) -> str:
         """Return what the calling rank is doing, as in "is at the forward of 'bn1' (...)"."""
@@ -390,6 +484,20 @@ def _(
     return torch.empty_like(vector), vector.new_empty(0 if shift is None else len(shift))
 
 
+@torch.library.custom_op("syncbn::gather", mutates_args=())
+def _gather(row: Tensor, group_name: str) -> Tensor:
+    exchange = _compiled_exchange(row.device, len(row) // 2 - 1, group_name)
+    rows = exchange._gather(row)  # pyright: ignore[reportPrivateUsage] -- the same module
+    if row.device.type == "cpu" and rows[:, 0].sum() == 1:
+        raise _single_value()
+    return rows
+
+
+@_gather.register_fake
+def _(row: Tensor, group_name: str) -> Tensor:
+    return row.new_empty((dist.get_world_size(_resolve(group_name)), len(row)))
+
+
 @torch.library.custom_op("syncbn::sum", mutates_args=())
 def _sum(vector: Tensor, group_name: str) -> Tensor:
     exchange = _compiled_exchange(vector.device, len(vector) // 2, group_name)
@@ -403,6 +511,10 @@ def _(vector: Tensor, group_name: str) -> Tensor:
 
 def _compiled_exchange(device: torch.device, channels: int, group_name: str) -> Exchange:
     """Return the exchange of compiled code, which knows neither layer nor memory."""
+    reducer = select_reducer(_resolve(group_name), device)
+    return Exchange(reducer, None, channels, torch.float64)
+
+
+def _resolve(group_name: str) -> dist.ProcessGroup:
     resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- a graph holds a group by its name
-    group: dist.ProcessGroup = resolve(group_name)
-    return Exchange(select_reducer(group, device), None, channels, torch.float64)
+    return resolve(group_name)

@@ -50,11 +50,16 @@ class Reducer(Protocol):
         """This replica's number, from 0."""
         ...
 
-    def sum(self, vector: Tensor) -> Tensor:
+    def sum(self, vector: Tensor, overwrite: bool = False) -> Tensor:
         """Return the sum of every replica's vector, bit-identical on all of them.
 
-        Collective: every replica calls it with the same shape, dtype and device, in the same order.
+        With overwrite, it may take the vector's place. Collective: every replica calls it with the
+        same shape, dtype and device, in the same order.
         """
+        ...
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """Return every replica's vector, shape (W, n), in the order of ranks; collective too."""
         ...
 
 
@@ -65,9 +70,13 @@ class SingleReplica:
     world_size = 1
     rank = 0
 
-    def sum(self, vector: Tensor) -> Tensor:
+    def sum(self, vector: Tensor, overwrite: bool = False) -> Tensor:
         """Return the vector itself."""
         return vector
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """Return the vector as the only row."""
+        return vector.unsqueeze(0)
 
 
 _SINGLE = SingleReplica()

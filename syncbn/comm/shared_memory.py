@@ -55,8 +55,8 @@ class SharedMemoryReducer(GroupMember):
         self._lock = threading.Lock()
         self._route: Channel | _SeveralHosts | ProcessGroupReducer | None = None
 
-    def sum(self, vector: Tensor) -> Tensor:
-        """Return the sum over the group's ranks.
+    def sum(self, vector: Tensor, overwrite: bool = False) -> Tensor:
+        """Return the sum over the group's ranks, always as a new vector.
 
         Raises:
             InputError: the ranks cannot share memory, and were to insist on it, or their choices

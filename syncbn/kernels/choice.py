@@ -1,5 +1,9 @@
-"""Which kernels compute: those of C++ for tensors on the CPU, and the reference for all others."""
+"""Which kernels compute: C++ on the CPU, Triton on a GPU, and the reference for everything else."""
 
+import logging
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from syncbn import _native
@@ -11,15 +15,17 @@ from syncbn.kernels.protocol import Kernels
 from syncbn.kernels.reference import ReferenceKernels
 
 _REFERENCE, _NATIVE = ReferenceKernels(), NativeKernels()
+_log = logging.getLogger("syncbn")
 
 
 def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
-    """Return the kernels for these tensors: the native ones if they can read them all.
+    """Return the kernels for these tensors: the native ones, or those in Triton, if they can.
 
     The environment variable SYNCBN_KERNELS decides otherwise: `native` insists on having the native
-    ones, `triton` takes those in Triton for tensors on a GPU, or, with TRITON_INTERPRET=1 in the
-    environment, on the CPU, `reference` takes PyTorch operations, `auto` is the rule. What the
-    chosen ones cannot compute with, such as float64, is left to PyTorch operations.
+    ones, `triton` on those in Triton, which compute on the CPU too with TRITON_INTERPRET=1 in the
+    environment; `reference` takes PyTorch operations, `auto` is the rule. What the chosen ones
+    cannot compute with, such as float64, is left to PyTorch operations; for a GPU, the log says so
+    once for each kind of input.
 
     Args:
         x: the input.
@@ -31,26 +37,70 @@ def select_kernels(x: Tensor, *others: Tensor | None) -> Kernels:
     choice, available = variable(KERNELS), _native.library is not None
     if choice is not None and choice != "auto":
         if choice not in ("native", "reference", "triton"):
-            raise InputError(f"{KERNELS} is {choice!r}; set it to auto, native, triton or reference")
+            raise InputError(
+                f"{KERNELS} is {choice!r}; set it to auto, native, triton or reference"
+            )
         if choice == "reference":
             return _REFERENCE
         if choice == "triton":
-            return _triton()
+            return _triton(insist=True)
         if not available:
             raise InputError(
                 "the native kernels are not there; install g++ or clang++ and then syncbn again, "
                 f"or set {KERNELS} to auto or reference"
             )
+    if x.is_cuda:
+        return _for_gpu(x, *others)
     if not (available and can_read(x, *others)):
         return _REFERENCE
     return PLAIN if is_unobserved() else _NATIVE
 
 
-def _triton() -> Kernels:
+def select_merging(device: torch.device) -> Kernels:
+    """Return the kernels that merge all ranks' moments: the same on every rank.
+
+    Whatever each rank's input is like; otherwise the last bits could differ from rank to rank.
+    """
+    choice = variable(KERNELS)
+    if choice == "triton" or (device.type == "cuda" and choice in (None, "auto", "native")):
+        return _triton(insist=choice == "triton")
+    return _REFERENCE
+
+
+def _for_gpu(x: Tensor, *others: Tensor | None) -> Kernels:
+    kernels = _triton(insist=False)
+    if kernels is _REFERENCE or kernels.can_compute(x, *others):
+        return kernels
+    if x.numel() > 0 and not torch.compiler.is_compiling():
+        _say_once(
+            f"an input of {x.dtype} with strides {x.stride()} is normalized by PyTorch operations, "
+            "which are slower; the Triton kernels take contiguous and channels_last tensors of "
+            "float32, bfloat16 and float16"
+        )
+    return _REFERENCE
+
+
+def _triton(insist: bool) -> Kernels:
+    """Return the kernels in Triton, or, unless one insists on them, the reference without them."""
     try:
-        from syncbn.kernels import triton  # takes a second, and is not there everywhere
+        return _imported_triton()
     except ImportError as error:
-        raise InputError(
-            f"Triton cannot be imported ({error}); install it, or set {KERNELS} to auto or reference"
-        ) from error
-    return triton.TritonKernels() if is_unobserved() else _REFERENCE
+        reason = f"Triton cannot be imported ({error})"
+        if insist:
+            raise InputError(
+                f"{reason}; install it, or set {KERNELS} to auto or reference"
+            ) from error
+        _say_once(f"{reason}; on GPUs, PyTorch operations normalize, which are slower")
+        return _REFERENCE
+
+
+@lru_cache(maxsize=1)
+def _imported_triton() -> Kernels:
+    from syncbn.kernels.triton import TritonKernels  # takes a second, and is not there everywhere
+
+    return TritonKernels()
+
+
+@lru_cache(maxsize=64)
+def _say_once(message: str) -> None:
+    _log.warning(message)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from syncbn import _native
 from syncbn._native.plain import are_plain, is_unobserved
-from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
+from syncbn.mark import Marks
 from syncbn.moments import Moments
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,7 +20,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _CPU = torch.device("cpu")
 
 
-class NativeKernels:
+class NativeKernels(Kernels):
     """Batch normalization's kernels, one pass over memory each; see `Kernels` in `protocol.py`.
 
     float32, bfloat16 and float16 on the CPU, contiguous or channels last. Anything else (float64,
@@ -105,6 +106,8 @@ class PlainKernels(NativeKernels):
     Small inputs cost mostly what is done in Python, so that looking once for all kernels pays.
     """
 
+    parameter_dtypes = (torch.float32,)
+
     def local_moments(self, x: Tensor) -> Moments:
         """See `NativeKernels`."""
         packed = _vector(2 * x.shape[1] + 1)
@@ -137,20 +140,9 @@ class PlainKernels(NativeKernels):
         dweight: Tensor | None,
         dbias: Tensor | None,
         add_up: Callable[[Tensor], Tensor] | None,
+        marks: Marks | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Do `backward_reduce`, add up over replicas, and do `backward_input`, if there is add_up.
-
-        Args:
-            dy: gradient of the output.
-            x: the input.
-            norm: normalized it.
-            dweight: receives Σdy·x̂ of this replica, rounded to float32.
-            dbias: receives Σdy, as well.
-            add_up: returns the sum of all replicas' vectors; None if dx is not wanted.
-
-        Returns:
-            This replica's Σdy and Σdy·x̂, and dx.
-        """
+        """See `Kernels`; on the CPU, nobody looks for marks."""
         dy, sums = laid_out_as(x, dy), _vector(2 * x.shape[1])
         layout, by = _layout(x), _pointers(norm)
         _library().syncbn_backward_reduce(
@@ -197,6 +189,7 @@ def _library() -> ctypes.CDLL:
 
 
 def is_channels_last(x: Tensor) -> bool:
+    """Return whether the channels of a tensor of four or five dimensions lie side by side."""
     channels_last = _CHANNELS_LAST.get(x.dim())
     return channels_last is not None and x.is_contiguous(memory_format=channels_last)
 

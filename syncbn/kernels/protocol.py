@@ -3,11 +3,14 @@
 The suite is `tests/contracts/test_kernels.py`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from syncbn.moments import Moments
+from syncbn.mark import Mark, Marks
+from syncbn.moments import Moments, from_rows, statistics_of, to_row
 
 
 class Normalization(NamedTuple):
@@ -47,11 +50,43 @@ class Kernels(Protocol):
 
     Statistics and sums are float64; tensors of x's shape leave in x's dtype and memory format,
     computed in at least float32. Kernels never communicate.
+
+    Attributes:
+        parameter_dtypes: of parameters whose gradients `gradients` can write.
     """
+
+    parameter_dtypes: tuple[torch.dtype, ...] = ()
+
+    def can_compute(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Return whether they compute with these tensors themselves, and not by the reference."""
+        return True
 
     def local_moments(self, x: Tensor) -> Moments:
         """Return count, mean and M2 of each channel of x."""
         ...
+
+    def row(self, x: Tensor, shift: Tensor | None, mark: Mark | None = None) -> Tensor:
+        """Return x's moments and a stamp made of the shift; see `syncbn.moments.to_row`.
+
+        The mark is left once they are there.
+        """
+        row = to_row(self.local_moments(x), shift)
+        if mark is not None:
+            mark.leave(x.device)
+        return row
+
+    def merge(self, rows: Tensor, shift: Tensor | None, mark: Mark | None = None) -> Moments:
+        """Return the moments of all ranks' batches; see `syncbn.moments.from_rows`.
+
+        The mark is left once the rows are there.
+        """
+        if mark is not None:
+            mark.leave(rows.device)
+        return from_rows(rows, shift)
+
+    def statistics(self, moments: Moments, eps: float) -> Tensor:
+        """Return what normalizes a batch; see `syncbn.moments.statistics_of`."""
+        return statistics_of(moments, eps)
 
     def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """Return (x − mean)·invstd·weight + bias, plus the residual, and max(·, 0) with relu.
@@ -80,6 +115,41 @@ class Kernels(Protocol):
             sums: those of `backward_reduce` over all replicas, shape (2C,).
         """
         ...
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        norm: Normalization,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        add_up: Callable[[Tensor], Tensor] | None,
+        marks: Marks | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do `backward_reduce`, add up over replicas, and do `backward_input`, if there is add_up.
+
+        Args:
+            dy: gradient of the output.
+            x: the input.
+            norm: normalized it.
+            dweight: receives Σdy·x̂ of this replica, in its dtype; None for nothing to receive.
+            dbias: receives Σdy, as well.
+            add_up: returns the sum of all replicas' vectors; None if dx is not wanted.
+            marks: left once this replica's sums are there, and once those of all are.
+
+        Returns:
+            This replica's Σdy and Σdy·x̂, which add_up may have overwritten, and dx.
+        """
+        assert dweight is None is dbias  # as there are no dtypes of theirs
+        sums = self.backward_reduce(dy, x, norm)
+        if add_up is None:
+            return sums, None
+        if marks is not None:
+            marks.before.leave(x.device)
+        totals = add_up(sums)
+        if marks is not None:
+            marks.after.leave(x.device)
+        return sums, self.backward_input(dy, x, norm, totals)
 
     def update_running(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from syncbn._native.plain import has_memory, transforming
-from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.moments import Moments
 
 
@@ -17,7 +17,7 @@ class _Centered(NamedTuple):
     rest: Tensor
 
 
-class ReferenceKernels:
+class ReferenceKernels(Kernels):
     """Batch normalization's kernels as PyTorch operations; see `Kernels` in `protocol.py`.
 
     float16 and bfloat16 are computed in float32, float32 and float64 in their own precision; every

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,11 @@ from syncbn._native.plain import has_memory, is_unobserved, transforming
 from syncbn.comm.exchange import Exchange
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
-from syncbn.kernels.choice import select_kernels
+from syncbn.kernels.choice import select_kernels, select_merging
 from syncbn.kernels.native import PLAIN, NativeKernels, can_read
 from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
-from syncbn.moments import Moments, from_summable, statistics_of, to_summable
+from syncbn.moments import Moments, from_summable, to_summable
 from syncbn.ops.all_reduce import all_reduce
 from syncbn.ops.derivatives import as_function_of, tangent
 
@@ -157,8 +158,8 @@ def global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
 
     They carry no gradient: `normalize` knows how they depend on x.
 
-    Communicates: one all-reduce of 2C + 1 float64; none in a world of one, nor when activation
-    checkpointing repeats a forward.
+    Communicates: one all-reduce of 2C + 1 float64, or, on GPUs of up to 32 replicas, one all-gather
+    of 2C + 2; none in a world of one, nor when activation checkpointing repeats a forward.
 
     Raises:
         InputError: all replicas together hold a single value per channel.
@@ -177,6 +178,9 @@ def _global_moments(x: Tensor, kernels: Kernels, exchange: Exchange) -> Moments:
     count = x.numel() // x.shape[1]
     if exchange.reducer.world_size == 1:
         moments = exchange.alone(partial(kernels.local_moments, x))
+    elif exchange.gathers(x.device):
+        merge = select_merging(x.device).merge
+        moments = exchange.gather(partial(kernels.row, x), merge, x.device)
     elif torch.compiler.is_compiling():  # which packs twice, see `Exchange.sum_about`
         local = kernels.local_moments(x)
         moments = exchange.sum_about(partial(to_summable, local), from_summable, x.device)
@@ -221,7 +225,7 @@ def normalize(
             f"cannot hold; choose an eps above {_LEAST_EPS[x.dtype]:.1e}",
             stacklevel=4,
         )
-    statistics = statistics_of(moments, eps)
+    statistics = kernels.statistics(moments, eps)
     function: Any = _BatchNorm
     if torch.compiler.is_compiling():
         function = _CompiledBatchNorm
@@ -315,23 +319,24 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if y is not None:
         dy = torch.ops.aten.threshold_backward(dy, y, 0)
     norm = Normalization(statistics, weight, bias, ctx.relu)
-    kernels, add_up = ctx.kernels, exchange.sum
+    kernels: Kernels = ctx.kernels
+    add_up: Callable[[Tensor], Tensor] = exchange.sum
     if kernels is PLAIN and not (is_unobserved() and can_read(x, dy, weight, bias)):
         kernels = NativeKernels()  # they look for themselves
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
         norm = as_function_of(x, norm, exchange)
         kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
     dweight = dbias = None
-    if kernels is PLAIN:
-        if weight is not None and weight.dtype is torch.float32:
-            dweight = torch.empty_like(weight) if needs[1] else None
-            dbias = (
-                torch.empty_like(weight) if needs[2] and ctx.bias_dtype is weight.dtype else None
-            )
-        sums, dx = PLAIN.gradients(dy, x, norm, dweight, dbias, add_up if needs[0] else None)
-    else:
-        sums = kernels.backward_reduce(dy, x, norm)
-        dx = kernels.backward_input(dy, x, norm, add_up(sums)) if needs[0] else None
+    if kernels.parameter_dtypes and not torch.compiler.is_compiling():
+        if needs[1] and weight.dtype in kernels.parameter_dtypes:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if needs[2] and ctx.bias_dtype in kernels.parameter_dtypes:
+            dbias = torch.empty(x.shape[1], dtype=ctx.bias_dtype, device=x.device)
+        # Nobody reads this replica's sums any more then.
+        spent = bool(needs[1]) == (dweight is not None) and bool(needs[2]) == (dbias is not None)
+        add_up = partial(exchange.sum, overwrite=spent)
+    marks = exchange.marks("backward", x.device) if needs[0] else None
+    sums, dx = kernels.gradients(dy, x, norm, dweight, dbias, add_up if needs[0] else None, marks)
     if needs[1] and dweight is None:
         assert weight is not None  # as its gradient is needed
         dweight = sums.chunk(2)[1].to(weight.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from syncbn.kernels.native import NativeKernels
 from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
+from syncbn.mark import Mark, Marks
 from syncbn.moments import Moments
 from tests.support.interpreted import tiles_of
 from tests.support.native import limited
@@ -30,13 +31,13 @@ momenta = pytest.mark.parametrize("momentum", [0.3, None, 0.0, 1.0])
     ids=["reference", *(f"native at level {n}" for n in range(3)), "triton"],
 )
 def kernels(request: pytest.FixtureRequest) -> Generator[Kernels]:
-    """The reference, the native kernels at each level of instructions, and Triton's, interpreted."""
+    """The reference, the native kernels at each level of instructions, Triton's, interpreted."""
     if request.param is None:
         yield ReferenceKernels()
     elif request.param <= 2:
         with limited(request.param):
             yield NativeKernels()
-    elif getattr(request.node, "callspec").params.get("shape") == (11, 37, 5, 7):
+    elif request.node.callspec.params.get("shape") == (11, 37, 5, 7):
         pytest.skip("the interpreter takes seconds for each of so many channels")
     else:
         with tiles_of(request.param) as kernels:
@@ -251,6 +252,113 @@ def test_inputs_are_left_as_they_are(kernels: Kernels) -> None:
     kernels.backward_input(dy, x, norm, sums)
     for tensor, expected in zip(given, before, strict=True):
         assert torch.equal(tensor, expected)
+
+
+# What ranks tell each other.
+
+
+def _rows(kernels: Kernels, sizes: tuple[int, ...], shift: Tensor | None) -> Tensor:
+    parts = _random((sum(sizes), 3, 4), torch.float32, 0, 5.0).split(sizes)
+    return torch.stack([kernels.row(part, shift) for part in parts])
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 5), (0, 6), (6, 0, 2), (1,) * 9])
+def test_rows_of_all_ranks_merge_to_the_moments_of_the_whole_batch(
+    kernels: Kernels, sizes: tuple[int, ...]
+) -> None:
+    shift = _random((3,), torch.float64, 1)
+    rows = _rows(kernels, sizes, shift)
+    assert rows.shape == (len(sizes), 8)
+    moments = kernels.merge(rows, shift)
+    exact = _random((sum(sizes), 3, 4), torch.float32, 0, 5.0).double()
+    assert moments.count == sum(sizes) * 4
+    torch.testing.assert_close(moments.mean, exact.mean((0, 2)), rtol=0, atol=2**-23)
+    m2 = (exact - exact.mean((0, 2), keepdim=True)).square().sum((0, 2))
+    torch.testing.assert_close(moments.m2, m2, rtol=1e-6, atol=0)
+    assert torch.equal(shift, moments.mean)
+
+
+def test_batches_far_from_each_other_merge_exactly(kernels: Kernels) -> None:
+    means = torch.tensor([1e8, -1e8, 3e8]).double()
+    rows = torch.tensor([[2.0, mean, 1.0, 0.0] for mean in means.tolist()]).double()
+    expected = 3 + 2 * (means - means.mean()).square().sum()
+    torch.testing.assert_close(kernels.merge(rows, None).m2[0], expected, rtol=1e-15, atol=0)
+
+
+def test_stamp_is_the_same_whoever_makes_it(kernels: Kernels) -> None:
+    x, shift = _random((2, 150), torch.float32, 0), _random((150,), torch.float64, 1)
+    stamp = kernels.row(x, shift)[-1]
+    assert stamp == ReferenceKernels().row(x, shift)[-1]
+    assert 0 < stamp < 2**52
+    assert kernels.row(x, None)[-1] == kernels.row(x, torch.zeros_like(shift))[-1] == 0
+    for change in (shift.flip(0), -shift, shift * (1 + 2**-50)):
+        assert kernels.row(x, change)[-1] != stamp
+
+
+def test_other_stamps_make_the_moments_nan_and_0_goes_with_all(kernels: Kernels) -> None:
+    shift = _random((3,), torch.float64, 1)
+    rows, before = _rows(kernels, (2, 2, 2), shift), shift.clone()
+    rows[1, -1] += 1
+    moments = kernels.merge(rows, shift)
+    assert moments.count.isnan()
+    assert moments.mean.isnan().all()
+    assert torch.equal(shift, before)
+    rows[1, -1] = torch.nan  # of a rank that refuses its input
+    assert kernels.merge(rows, shift).count.isnan()
+    rows[1, -1] = 0
+    assert kernels.merge(rows, shift).count == 24
+
+
+def test_empty_ranks_leave_the_shift_alone(kernels: Kernels) -> None:
+    shift = _random((3,), torch.float64, 1)
+    before = shift.clone()
+    moments = kernels.merge(_rows(kernels, (0, 0), shift), shift)
+    assert torch.equal(moments.packed, torch.zeros(7).double())
+    assert torch.equal(shift, before)
+
+
+def test_statistics_are_count_means_and_inverse_deviations(kernels: Kernels) -> None:
+    for count in (0.0, 1.0, 7.0):
+        moments = _batch(count)
+        eps = 1e-5 / 3
+        statistics = kernels.statistics(moments, eps)
+        invstd = torch.rsqrt(moments.m2 / max(count, 1) + eps)
+        assert torch.equal(statistics[:6], moments.packed[:6])
+        torch.testing.assert_close(statistics[6:], invstd, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_those_of_the_steps(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, dy = _random((4, 3, 5), torch.float32, 0), _random((4, 3, 5), torch.float32, 1)
+    norm = _norm(x, _random((3,), dtype, 2), _random((3,), dtype, 3), relu=True)
+    written = dtype in kernels.parameter_dtypes
+    dweight, dbias = (torch.full((3,), torch.nan, dtype=dtype) if written else None for _ in "ab")
+    sums, dx = kernels.gradients(dy, x, norm, dweight, dbias, lambda sums: 2 * sums)
+    expected = kernels.backward_reduce(dy, x, norm)
+    assert torch.equal(sums, expected)
+    assert dx is not None
+    assert torch.equal(dx, kernels.backward_input(dy, x, norm, 2 * expected))
+    if dweight is not None and dbias is not None:
+        assert torch.equal(dbias, expected[:3].to(dtype))
+        assert torch.equal(dweight, expected[3:].to(dtype))
+    assert kernels.gradients(dy, x, norm, dweight, dbias, None)[1] is None
+
+
+def test_marks_are_left_before_and_after_an_exchange(kernels: Kernels) -> None:
+    x, slot = _random((4, 3, 5), torch.float32, 0), torch.zeros(1, dtype=torch.int64)
+    if isinstance(kernels, NativeKernels):
+        pytest.skip("on the CPU, nobody looks for marks")
+    rows = kernels.row(x, None, Mark(slot, 2)).unsqueeze(0)
+    assert slot == 2
+    kernels.merge(rows, None, Mark(slot, 3))
+    assert slot == 3
+
+    def add_up(sums: Tensor) -> Tensor:
+        assert slot == 4
+        return sums
+
+    kernels.gradients(x, x, _norm(x), None, None, add_up, Marks(Mark(slot, 4), Mark(slot, 5)))
+    assert slot == 5
 
 
 # Running statistics.

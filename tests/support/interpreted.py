@@ -4,22 +4,23 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from unittest import mock
 
-import triton
+from triton import knobs
 
 
 @contextmanager
 def _interpreting() -> Generator[None]:
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
         yield
 
 
 with _interpreting():
     from syncbn.kernels import triton as kernels
+    from syncbn.kernels import triton_launch as launch
 
 
 @contextmanager
 def tiles_of(values: int) -> Generator[kernels.TritonKernels]:
     """Use tiles of so many values, so that small tensors have several, and several parts."""
-    with mock.patch.object(kernels, "_TILE", values), _interpreting():
+    with mock.patch.object(launch, "_TILE", values), _interpreting():
         yield kernels.TritonKernels()

@@ -15,10 +15,10 @@ def recorded_all_reduces() -> Generator[list[Tensor]]:
     """Collect the tensors that this rank adds up with the others, whoever does it."""
     sent: list[Tensor] = []
 
-    def recording(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-        def sum_(self: Any, vector: Tensor) -> Tensor:
-            sent.append(vector)
-            return method(self, vector)
+    def recording(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def sum_(self: Any, vector: Tensor, overwrite: bool = False) -> Tensor:
+            sent.append(vector.clone())
+            return method(self, vector, overwrite)
 
         return sum_
 

@@ -199,7 +199,9 @@ def test_variable_chooses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(select_kernels(x), kind)
         assert isinstance(select_kernels(x.double()), ReferenceKernels)
     monkeypatch.setenv("SYNCBN_KERNELS", "cuda")
-    with pytest.raises(InputError, match="SYNCBN_KERNELS is 'cuda'; set it to auto, native or"):
+    with pytest.raises(
+        InputError, match="SYNCBN_KERNELS is 'cuda'; set it to auto, native, triton or"
+    ):
         select_kernels(x)
 
 

@@ -1,6 +1,5 @@
 """The kernels in Triton, interpreted: on two ranks, and on data far from 0."""
 
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,7 +25,7 @@ def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
 def _two_ranks(rows: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x, dy = torch.randn(2, sum(rows), 5, 4, 3).unbind()
-    truth: Any = nn.BatchNorm2d(5).double()
+    truth = nn.BatchNorm2d(5).double()
     expected = _step(truth, x.double(), dy.double())
     layer = syncbn.SyncBatchNorm(5)
     start = sum(rows[: dist.get_rank()])
@@ -38,9 +37,13 @@ def _two_ranks(rows: tuple[int, int]) -> None:
         torch.testing.assert_close(result.double(), whole[mine], rtol=0, atol=8 * 4 * 2.0**-24)
     for parameter, other in zip(layer.parameters(), truth.parameters(), strict=True):
         assert parameter.grad is not None
+        assert other.grad is not None
         dist.all_reduce(parameter.grad)
         torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.running_var.double(), truth.running_var, rtol=2e-7, atol=0)
+    assert layer.running_var is not None
+    assert truth.running_var is not None
+    running_var = layer.running_var.double()
+    torch.testing.assert_close(running_var, truth.running_var, rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())

@@ -94,8 +94,11 @@ class _TwoLikeThis:
     world_size = 2
     rank = 0
 
-    def sum(self, vector: Tensor) -> Tensor:
+    def sum(self, vector: Tensor, overwrite: bool = False) -> Tensor:
         return 2 * vector
+
+    def gather(self, vector: Tensor) -> Tensor:
+        return torch.stack([vector, vector])
 
 
 # The host waits for the GPU: pytorch#78656, #36452.

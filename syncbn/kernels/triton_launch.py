@@ -1,0 +1,252 @@
+"""Launching the kernels in Triton: how tensors are cut into tiles, and what each is given."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from syncbn._native.plain import is_unobserved
+from syncbn.kernels import triton_source
+from syncbn.kernels.native import laid_out_as
+from syncbn.kernels.protocol import Normalization
+from syncbn.mark import Mark
+from syncbn.moments import STAMPED
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Values of a tile; 8 warps hold 8 of them a thread, which are 16 bytes in half precision.
+_TILE, _WARPS = 2048, 8
+# Values that a lane adds up before it looks at the rounding error, and loads on their way at once.
+_GROUP = 4
+# Programs of a reduction per multiprocessor, and in all: enough loads on their way, few parts.
+_PROGRAMS, _MOST_PROGRAMS = 4, 640
+# Channels of a program that computes with vectors of one value per channel.
+_BLOCK = 128
+# Values of a tile of several batches by several channels, and batches of one at most.
+_MERGED, _MERGED_BATCHES = 1024, 256
+# What the source was decorated as when it was imported.
+INTERPRETED = type(triton_source.merge).__name__ == "InterpretedFunction"
+
+
+class Plan(NamedTuple):
+    """How a tensor is cut into tiles.
+
+    Attributes:
+        extent: rows, c and s: samples, channels and positions if contiguous; positions of all
+            samples, channels and 1 if channels last.
+        tile: CHANNELS_LAST, ROWS and COLS of the source.
+        blocks: programs of a reduction along the channels.
+        tiles: tiles of each of them, and how many of those a program takes.
+        parts: programs that share these tiles.
+        grid: programs of an elementwise kernel.
+    """
+
+    extent: tuple[int, int, int]
+    tile: dict[str, Any]
+    blocks: int
+    tiles: tuple[int, int]
+    parts: int
+    grid: tuple[int, int]
+
+
+def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = None) -> Tensor:
+    """Return x's moments, and its stamp if there shall be one."""
+    plan, c = _plan(x), x.shape[1]
+    parts = _vector(x, plan.parts * (2 * c + 1))
+    with _on(x):
+        _launchable(triton_source.local_moments)[(plan.blocks, plan.parts)](
+            x, parts, *plan.extent, *plan.tiles, GROUP=_GROUP, **plan.tile, num_warps=_WARPS
+        )
+        if plan.parts == 1 and not stamp:
+            return parts
+        rows = parts.view(plan.parts, 2 * c + 1)
+        return merge(rows, shift, stamp=stamp, mark=mark)
+
+
+def merge(
+    batches: Tensor,
+    shift: Tensor | None,
+    *,
+    stamp: bool = False,
+    check: bool = False,
+    move: bool = False,
+    mark: Mark | None = None,
+) -> Tensor:
+    """Return the moments of the union of batches, each a row; see the source's `merge`."""
+    number, stride = batches.shape
+    c = (stride - 1) // 2
+    packed = _vector(batches, 2 * c + 1 + stamp)
+    tile = _merged_tile(number)
+    _launchable(triton_source.merge)[(triton.cdiv(c, tile["CHANNELS"]),)](
+        batches, number, stride, c, batches if shift is None else shift, packed,
+        *_marked(mark, batches),
+        STAMP=stamp, STAMPED=0 if shift is None else STAMPED, MARK=mark is not None,
+        CHECK=check, MOVE=move, **tile,
+    )  # fmt: skip
+    return packed
+
+
+def statistics(packed: Tensor, eps: float) -> Tensor:
+    """Return what normalizes a batch of these moments."""
+    result, c = torch.empty_like(packed), packed.shape[0] // 2
+    with _on(packed):
+        _launchable(triton_source.statistics)[(triton.cdiv(c, _BLOCK),)](
+            packed, c, result, *_halves(eps), BLOCK=_BLOCK
+        )
+    return result
+
+
+def update_running(packed: Tensor, buffers: tuple[Tensor, ...], momentum: float | None) -> None:
+    """Move running mean, variance and number of batches towards these moments."""
+    with _on(packed):
+        _launchable(triton_source.update_running)[(1,)](
+            packed, packed.shape[0] // 2, *buffers, *_halves(momentum or 0.0),
+            AVERAGE=momentum is None, BLOCK=1024,
+        )  # fmt: skip
+
+
+def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:
+    """Return y."""
+    plan, y = _plan(x, images=True), _like(x)
+    residual = None if residual is None else laid_out_as(x, residual)
+    with _on(x):
+        _launchable(triton_source.normalize)[plan.grid](
+            x, x if residual is None else residual, *_vectors(norm), y, *plan.extent,
+            RESIDUAL=residual is not None, RELU=norm.relu, **_which(norm), **plan.tile,
+            num_warps=_WARPS,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    norm: Normalization,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    mark: Mark | None = None,
+) -> Tensor:
+    """Return Σdy and Σdy·x̂; write them, rounded, for the parameters too."""
+    plan, c = _plan(x), x.shape[1]
+    parts, sums = _vector(x, plan.parts * 2 * c), _vector(x, 2 * c)
+    vectors, tile = _vectors(norm), _merged_tile(plan.parts)
+    with _on(x):
+        _launchable(triton_source.backward_reduce)[(plan.blocks, plan.parts)](
+            laid_out_as(x, dy), x, *vectors, parts, *plan.extent, *plan.tiles,
+            RELU=norm.relu, GROUP=_GROUP, **_which(norm), **plan.tile, num_warps=_WARPS,
+        )  # fmt: skip
+        _launchable(triton_source.backward_sums)[(triton.cdiv(c, tile["CHANNELS"]),)](
+            parts, plan.parts, vectors[0], c, sums,
+            sums if dweight is None else dweight, sums if dbias is None else dbias,
+            *_marked(mark, sums),
+            DWEIGHT=dweight is not None, DBIAS=dbias is not None, MARK=mark is not None,
+            **tile,
+        )  # fmt: skip
+    return sums
+
+
+def backward_input(
+    dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor, mark: Mark | None = None
+) -> Tensor:
+    """Return dx."""
+    plan, dx = _plan(x, images=True), _like(x)
+    with _on(x):
+        _launchable(triton_source.backward_input)[plan.grid](
+            laid_out_as(x, dy), x, *_vectors(norm), sums.double().contiguous(), dx,
+            *plan.extent, *_marked(mark, sums), RELU=norm.relu, MARK=mark is not None,
+            **_which(norm), **plan.tile, num_warps=_WARPS,
+        )  # fmt: skip
+    return dx.to(x.dtype)
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched where a tensor lies."""
+    if type(x) not in _PLAIN:
+        return nullcontext()  # it stands for others in a graph, which sees to it by itself
+    # The interpreter computes by numpy, which warns of NaN and infinities; a GPU does not.
+    return torch.cuda.device(x.device) if x.is_cuda else numpy.errstate(all="ignore")
+
+
+def _launchable(kernel: Any) -> Any:
+    """Return a kernel as it is, or, while a graph is made, as that takes it."""
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _plan(x: Tensor, images: bool = False) -> Plan:
+    contiguous, processors = x.is_contiguous(), _processors(x.device)
+    if is_unobserved():
+        return _known_plan(x.shape, contiguous, images, processors, _TILE)
+    return _plan_of(x.shape, contiguous, images, processors, _TILE)  # may hold symbols
+
+
+def _plan_of(shape: torch.Size, contiguous: bool, images: bool, processors: int, tile: int) -> Plan:
+    n, c, s = shape[0], int(shape[1]), int(shape[2:].numel())
+    # Without spatial axes, or with one position, the two layouts are the same memory.
+    channels_last = s == 1 or not contiguous
+    rows, width = (n * s, c) if channels_last else (n * c if images else n, s)
+    cols = min(triton.next_power_of_2(width), 64 if channels_last else 512, tile)
+    height = tile // cols
+    blocks = triton.cdiv(c, cols) if channels_last else c
+    tiles = triton.cdiv(rows, height) * (1 if channels_last else triton.cdiv(s, cols))
+    programs = triton.cdiv(min(_PROGRAMS * processors, _MOST_PROGRAMS), blocks)
+    each = triton.cdiv(tiles, min(tiles, programs))
+    return Plan(
+        (rows, c, 1 if channels_last else s),
+        {"CHANNELS_LAST": channels_last, "ROWS": height, "COLS": cols},
+        blocks,
+        (tiles, each),
+        triton.cdiv(tiles, each),
+        (triton.cdiv(rows, height), triton.cdiv(width, cols)),
+    )
+
+
+_known_plan = lru_cache(maxsize=4096)(_plan_of)
+
+
+def _merged_tile(number: int) -> dict[str, int]:
+    """Return how many of so many batches, and how many channels, a program takes at once."""
+    batches = triton.next_power_of_2(min(int(number), _MERGED_BATCHES))
+    return {"BATCHES": batches, "CHANNELS": min(max(_MERGED // batches, 8), _BLOCK)}
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # interpreted: enough for several parts
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _vector(x: Tensor, size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float64, device=x.device)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Return a tensor for values like x's, in float32 where the interpreter would cut bits off."""
+    cut = INTERPRETED and x.dtype is torch.bfloat16
+    return torch.empty_like(x, dtype=torch.float32 if cut else x.dtype)
+
+
+def _halves(value: float) -> tuple[float, float]:
+    """Return two numbers of float32 whose sum is a float64 to 2⁻⁴⁸ of itself."""
+    head = float(numpy.float32(value))
+    return head, float(numpy.float32(value - head))
+
+
+def _marked(mark: Mark | None, instead: Tensor) -> tuple[Tensor, int]:
+    """Return where to write which number; anything, if there is no mark."""
+    return (instead, 0) if mark is None else mark
+
+
+def _vectors(norm: Normalization) -> tuple[Tensor, Tensor, Tensor]:
+    """Return statistics, weight and bias; the statistics in place of one that is absent."""
+    statistics = norm.statistics.contiguous()
+    weight, bias = (statistics if p is None else p.contiguous() for p in (norm.weight, norm.bias))
+    return statistics, weight, bias
+
+
+def _which(norm: Normalization) -> dict[str, bool]:
+    return {"WEIGHT": norm.weight is not None, "BIAS": norm.bias is not None}

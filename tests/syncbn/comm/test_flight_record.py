@@ -1,0 +1,71 @@
+"""What is logged before NCCL's watchdog ends a process that waits for another one."""
+
+import logging
+import time
+
+import pytest
+import torch
+
+from syncbn.comm.flight_record import FlightRecord
+from syncbn.errors import ReplicaError
+
+
+def _record() -> tuple[FlightRecord, torch.Tensor]:
+    slot = torch.zeros(1, dtype=torch.int64)
+    return FlightRecord(slot, period_s=0.01), slot
+
+
+def _wait_for(lines: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    deadline = time.monotonic() + 10
+    while len(caplog.records) < len(lines) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == lines
+
+
+def test_the_exchange_that_a_device_waits_in_is_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record, slot = _record()
+    places = ["the forward of 'first'", "the forward of 'second'", "the backward of 'second'"]
+    marks = [record.depart(lambda place=place: f"rank 1 is at {place}", 0.2) for place in places]
+    # The host is ahead: the device has done the first and waits in the second.
+    for mark in (*marks[0], marks[1].before):
+        mark.leave(slot.device)
+    _wait_for(["rank 1 is at the forward of 'second'"], caplog)
+    assert "a rank died, or did not call this layer" in caplog.text
+    assert caplog.records[0].levelno == logging.ERROR
+    time.sleep(0.3)
+    assert len(caplog.records) == 1
+    for mark in (marks[1].after, marks[2].before):
+        mark.leave(slot.device)
+    _wait_for([f"rank 1 is at {place}" for place in places[1:]], caplog)
+
+
+def test_a_device_that_has_nothing_to_wait_for_is_not_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record, slot = _record()
+    marks = record.depart(lambda: "rank 0 is somewhere", 0.1)
+    time.sleep(0.3)  # not there yet, because it computes
+    for mark in marks:
+        mark.leave(slot.device)
+    time.sleep(0.3)
+    assert not caplog.records
+
+
+def test_a_group_that_is_gone_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    record, slot = _record()
+
+    def position() -> str:
+        raise ReplicaError("the process group has been destroyed")
+
+    record.depart(position, 0.1).before.leave(slot.device)
+    time.sleep(0.3)
+    assert not caplog.records
+
+
+def test_what_was_long_ago_is_forgotten() -> None:
+    record, _ = _record()
+    for _ in range(5000):
+        record.depart(str, 60.0)
+    assert len(record._exchanges) == 4096  # pyright: ignore[reportPrivateUsage] -- its memory
