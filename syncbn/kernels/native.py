@@ -47,7 +47,7 @@ class NativeKernels(Kernels):
             return _REFERENCE.normalize(x, norm, residual)
         if is_unobserved():
             return PLAIN.normalize(x, norm, residual)
-        return torch.ops.syncbn.normalize(x, *norm, residual)
+        return torch.ops.syncbn.normalize(x, *norm[:4], residual)
 
     def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
         """Return Σdy and Σdy·x̂ over this replica, shape (2C,), float64."""
@@ -55,7 +55,7 @@ class NativeKernels(Kernels):
             return _REFERENCE.backward_reduce(dy, x, norm)
         if is_unobserved():
             return PLAIN.backward_reduce(dy, x, norm)
-        return torch.ops.syncbn.backward_reduce(dy, x, *norm)
+        return torch.ops.syncbn.backward_reduce(dy, x, *norm[:4])
 
     def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
         """Return dx = weight·invstd·(dy − Σdy/count − x̂·Σdy·x̂/count), in x's dtype and format."""
@@ -63,7 +63,7 @@ class NativeKernels(Kernels):
             return _REFERENCE.backward_input(dy, x, norm, sums)
         if is_unobserved():
             return PLAIN.backward_input(dy, x, norm, sums)
-        return torch.ops.syncbn.backward_input(dy, x, *norm, sums)
+        return torch.ops.syncbn.backward_input(dy, x, *norm[:4], sums)
 
     def update_running(
         self,
@@ -225,7 +225,7 @@ def _vector(size: int) -> Tensor:
 
 def _pointers(norm: Normalization) -> _native.Normalization:
     """Return a normalization as the library reads it, while the normalization is alive."""
-    statistics, weight, bias, relu = norm
+    statistics, weight, bias, relu, _ = norm
     readable = statistics.is_contiguous()
     for tensor in (weight, bias):
         if tensor is not None and not (tensor.dtype is torch.float32 and tensor.is_contiguous()):

@@ -22,12 +22,14 @@ class Normalization(NamedTuple):
         weight: γ, shape (C,); None for 1.
         bias: β, shape (C,); None for 0.
         relu: whether a ReLU comes last.
+        coefficients: of what is above, for the kernels that made it; None if they make none.
     """
 
     statistics: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
     relu: bool = False
+    coefficients: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -84,9 +86,16 @@ class Kernels(Protocol):
             mark.leave(rows.device)
         return from_rows(rows, shift)
 
-    def statistics(self, moments: Moments, eps: float) -> Tensor:
+    def normalization(
+        self,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        relu: bool,
+        eps: float,
+    ) -> Normalization:
         """Return what normalizes a batch; see `syncbn.moments.statistics_of`."""
-        return statistics_of(moments, eps)
+        return Normalization(statistics_of(moments, eps), weight, bias, relu)
 
     def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """Return (x − mean)·invstd·weight + bias, plus the residual, and max(·, 0) with relu.

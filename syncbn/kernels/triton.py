@@ -70,18 +70,25 @@ class TritonKernels(Kernels):
             shift.copy_(torch.where((moments.count > 0) & mean.isfinite(), mean, shift))
         return moments
 
-    def statistics(self, moments: Moments, eps: float) -> Tensor:
+    def normalization(
+        self,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        relu: bool,
+        eps: float,
+    ) -> Normalization:
         """Return what normalizes a batch; see `syncbn.moments.statistics_of`."""
-        if not (is_unobserved() and are_here(moments.packed)):
-            return super().statistics(moments, eps)
-        return launch.statistics(moments.packed.contiguous(), eps)
+        if not (is_unobserved() and are_here(moments.packed, weight, bias)):
+            return super().normalization(moments, weight, bias, relu, eps)
+        return launch.normalization(moments.packed.contiguous(), weight, bias, relu, eps)
 
     def normalize(self, x: Tensor, norm: Normalization, residual: Tensor | None = None) -> Tensor:
         """Return (x − mean)·invstd·weight + bias + residual, or max(·, 0), in x's dtype, format."""
         if not can_take(x, *norm[:3], residual):
             return _REFERENCE.normalize(x, norm, residual)
         if not is_unobserved():
-            return ops.normalize(x, *norm, residual)
+            return ops.normalize(x, *norm[:4], residual)
         return launch.normalize(x, norm, residual)
 
     def backward_reduce(self, dy: Tensor, x: Tensor, norm: Normalization) -> Tensor:
@@ -89,7 +96,7 @@ class TritonKernels(Kernels):
         if not can_take(x, dy, *norm[:3]):
             return _REFERENCE.backward_reduce(dy, x, norm)
         if not is_unobserved():
-            return ops.backward_reduce(dy, x, *norm)
+            return ops.backward_reduce(dy, x, *norm[:4])
         return launch.backward_reduce(dy, x, norm)
 
     def backward_input(self, dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor) -> Tensor:
@@ -97,7 +104,7 @@ class TritonKernels(Kernels):
         if not can_take(x, dy, *norm[:3], sums):
             return _REFERENCE.backward_input(dy, x, norm, sums)
         if not is_unobserved():
-            return ops.backward_input(dy, x, *norm, sums)
+            return ops.backward_input(dy, x, *norm[:4], sums)
         return launch.backward_input(dy, x, norm, sums)
 
     def gradients(

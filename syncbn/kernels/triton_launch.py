@@ -1,5 +1,6 @@
 """Launching the kernels in Triton: how tensors are cut into tiles, and what each is given."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from syncbn.mark import Mark
 from syncbn.moments import STAMPED
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Values of a tile; 8 warps hold 8 of them a thread, which are 16 bytes in half precision.
-_TILE, _WARPS = 2048, 8
+# Values of a tile, and threads that hold 8 of them each, which are 16 bytes in half precision.
+_TILE, _THREADS = 2048, 256
+# Vectors of 16 bytes of a thread of an elementwise kernel, that share what it computes first.
+_VECTORS = 4
 # Values that a lane adds up before it looks at the rounding error, and loads on their way at once.
 _GROUP = 4
 # Programs of a reduction per multiprocessor, and in all: enough loads on their way, few parts.
@@ -36,13 +39,15 @@ class Plan(NamedTuple):
     """How a tensor is cut into tiles.
 
     Attributes:
-        extent: rows, c and s: samples, channels and positions if contiguous; positions of all
-            samples, channels and 1 if channels last.
-        tile: CHANNELS_LAST, ROWS and COLS of the source.
+        extent: rows, c and s: samples, channels and positions if contiguous, the samples being all
+            values for an elementwise kernel; positions of all samples, channels and 1 if channels
+            last.
+        tile: CHANNELS_LAST, ROWS, COLS and ALIGN of the source.
         blocks: programs of a reduction along the channels.
         tiles: tiles of each of them, and how many of those a program takes.
         parts: programs that share these tiles.
         grid: programs of an elementwise kernel.
+        warps: warps of a program that has tiles.
     """
 
     extent: tuple[int, int, int]
@@ -51,6 +56,14 @@ class Plan(NamedTuple):
     tiles: tuple[int, int]
     parts: int
     grid: tuple[int, int]
+    warps: int
+
+
+class Processor(NamedTuple):
+    """What the plan depends on of a device: its multiprocessors, and the lanes of a warp."""
+
+    multiprocessors: int
+    lanes: int
 
 
 def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = None) -> Tensor:
@@ -59,7 +72,7 @@ def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = No
     parts = _vector(x, plan.parts * (2 * c + 1))
     with _on(x):
         _launchable(triton_source.local_moments)[(plan.blocks, plan.parts)](
-            x, parts, *plan.extent, *plan.tiles, GROUP=_GROUP, **plan.tile, num_warps=_WARPS
+            x, parts, *plan.extent, *plan.tiles, GROUP=_GROUP, **plan.tile, num_warps=plan.warps
         )
         if plan.parts == 1 and not stamp:
             return parts
@@ -90,14 +103,19 @@ def merge(
     return packed
 
 
-def statistics(packed: Tensor, eps: float) -> Tensor:
+def normalization(
+    packed: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool, eps: float
+) -> Normalization:
     """Return what normalizes a batch of these moments."""
-    result, c = torch.empty_like(packed), packed.shape[0] // 2
+    statistics, c = torch.empty_like(packed), packed.shape[0] // 2
+    coefficients = torch.empty(3 * c, dtype=torch.float32, device=packed.device)
+    norm = Normalization(statistics, weight, bias, relu, coefficients)
     with _on(packed):
         _launchable(triton_source.statistics)[(triton.cdiv(c, _BLOCK),)](
-            packed, c, result, *_halves(eps), BLOCK=_BLOCK
-        )
-    return result
+            packed, *_vectors(norm)[1:], c, statistics, coefficients, *_halves(eps),
+            BLOCK=_BLOCK, **_which(norm),
+        )  # fmt: skip
+    return norm
 
 
 def update_running(packed: Tensor, buffers: tuple[Tensor, ...], momentum: float | None) -> None:
@@ -111,13 +129,13 @@ def update_running(packed: Tensor, buffers: tuple[Tensor, ...], momentum: float 
 
 def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor:
     """Return y."""
-    plan, y = _plan(x, images=True), _like(x)
+    plan, y = _plan(x, elementwise=True), _like(x)
     residual = None if residual is None else laid_out_as(x, residual)
     with _on(x):
+        vectors = _coefficients(x, norm) if norm.coefficients is None else norm.coefficients
         _launchable(triton_source.normalize)[plan.grid](
-            x, x if residual is None else residual, *_vectors(norm), y, *plan.extent,
-            RESIDUAL=residual is not None, RELU=norm.relu, **_which(norm), **plan.tile,
-            num_warps=_WARPS,
+            x, x if residual is None else residual, vectors, y, *plan.extent,
+            RESIDUAL=residual is not None, RELU=norm.relu, **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
     return y.to(x.dtype)
 
@@ -137,7 +155,7 @@ def backward_reduce(
     with _on(x):
         _launchable(triton_source.backward_reduce)[(plan.blocks, plan.parts)](
             laid_out_as(x, dy), x, *vectors, parts, *plan.extent, *plan.tiles,
-            RELU=norm.relu, GROUP=_GROUP, **_which(norm), **plan.tile, num_warps=_WARPS,
+            RELU=norm.relu, GROUP=_GROUP, **_which(norm), **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
         _launchable(triton_source.backward_sums)[(triton.cdiv(c, tile["CHANNELS"]),)](
             parts, plan.parts, vectors[0], c, sums,
@@ -153,14 +171,25 @@ def backward_input(
     dy: Tensor, x: Tensor, norm: Normalization, sums: Tensor, mark: Mark | None = None
 ) -> Tensor:
     """Return dx."""
-    plan, dx = _plan(x, images=True), _like(x)
+    plan, dx = _plan(x, elementwise=True), _like(x)
     with _on(x):
+        vectors = _coefficients(x, norm, sums.double().contiguous())
         _launchable(triton_source.backward_input)[plan.grid](
-            laid_out_as(x, dy), x, *_vectors(norm), sums.double().contiguous(), dx,
-            *plan.extent, *_marked(mark, sums), RELU=norm.relu, MARK=mark is not None,
-            **_which(norm), **plan.tile, num_warps=_WARPS,
+            laid_out_as(x, dy), x, vectors, dx, *plan.extent, *_marked(mark, sums),
+            RELU=norm.relu, MARK=mark is not None, **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
     return dx.to(x.dtype)
+
+
+def _coefficients(x: Tensor, norm: Normalization, sums: Tensor | None = None) -> Tensor:
+    """Return what the elementwise kernels need of each channel; with sums, for the gradient."""
+    c, vectors = x.shape[1], _vectors(norm)
+    result = torch.empty((3 if sums is None else 5) * c, dtype=torch.float32, device=x.device)
+    _launchable(triton_source.coefficients)[(triton.cdiv(c, _BLOCK),)](
+        *vectors, vectors[0] if sums is None else sums, c, result,
+        BACKWARD=sums is not None, BLOCK=_BLOCK, **_which(norm),
+    )  # fmt: skip
+    return result
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
@@ -176,31 +205,51 @@ def _launchable(kernel: Any) -> Any:
     return kernel if INTERPRETED else wrap_triton(kernel)
 
 
-def _plan(x: Tensor, images: bool = False) -> Plan:
-    contiguous, processors = x.is_contiguous(), _processors(x.device)
-    if is_unobserved():
-        return _known_plan(x.shape, contiguous, images, processors, _TILE)
-    return _plan_of(x.shape, contiguous, images, processors, _TILE)  # may hold symbols
+def _plan(x: Tensor, elementwise: bool = False) -> Plan:
+    vector = max(1, 16 // x.element_size()) if elementwise else 0
+    plan_of = _known_plan if is_unobserved() else _plan_of  # which may be given symbols
+    return plan_of(x.shape, x.is_contiguous(), vector, _processor(x.device), _TILE)
 
 
-def _plan_of(shape: torch.Size, contiguous: bool, images: bool, processors: int, tile: int) -> Plan:
+def _plan_of(
+    shape: torch.Size, contiguous: bool, vector: int, processor: Processor, tile: int
+) -> Plan:
+    """Return the plan of an elementwise kernel, whose vectors have so many values, or of a sum."""
     n, c, s = shape[0], int(shape[1]), int(shape[2:].numel())
+    size = n * c * s
     # Without spatial axes, or with one position, the two layouts are the same memory.
     channels_last = s == 1 or not contiguous
-    rows, width = (n * s, c) if channels_last else (n * c if images else n, s)
-    cols = min(triton.next_power_of_2(width), 64 if channels_last else 512, tile)
-    height = tile // cols
-    blocks = triton.cdiv(c, cols) if channels_last else c
-    tiles = triton.cdiv(rows, height) * (1 if channels_last else triton.cdiv(s, cols))
-    programs = triton.cdiv(min(_PROGRAMS * processors, _MOST_PROGRAMS), blocks)
+    if vector and not channels_last:
+        # A vector may go from one image to the next, and no further.
+        vector = math.gcd(c * s, min(vector, 1 << s.bit_length() - 1))
+    if vector:
+        tile = tile // 8 * _VECTORS * vector
+    if vector and not channels_last:
+        rows, width, cols, height = size, s, vector, tile // vector
+        blocks, tiles = 1, triton.cdiv(size, tile)
+        grid = tiles, 1
+    else:
+        rows, width = (n * s, c) if channels_last else (n, s)
+        cols = min(triton.next_power_of_2(width), 64 if channels_last else 512, tile)
+        height = tile // cols
+        blocks = triton.cdiv(c, cols) if channels_last else c
+        tiles = triton.cdiv(rows, height) * (1 if channels_last else triton.cdiv(s, cols))
+        grid = triton.cdiv(rows, height), triton.cdiv(width, cols)
+    programs = triton.cdiv(min(_PROGRAMS * processor.multiprocessors, _MOST_PROGRAMS), blocks)
     each = triton.cdiv(tiles, min(tiles, programs))
     return Plan(
         (rows, c, 1 if channels_last else s),
-        {"CHANNELS_LAST": channels_last, "ROWS": height, "COLS": cols},
+        {
+            "CHANNELS_LAST": channels_last,
+            "ROWS": height,
+            "COLS": cols,
+            "ALIGN": math.gcd(width, 16),
+        },
         blocks,
         (tiles, each),
         triton.cdiv(tiles, each),
-        (triton.cdiv(rows, height), triton.cdiv(width, cols)),
+        grid,
+        _THREADS // processor.lanes,
     )
 
 
@@ -214,10 +263,11 @@ def _merged_tile(number: int) -> dict[str, int]:
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def _processor(device: torch.device) -> Processor:
     if device.type != "cuda":
-        return 2  # interpreted: enough for several parts
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return Processor(2, 32)  # interpreted: enough for several parts
+    properties = torch.cuda.get_device_properties(device)
+    return Processor(properties.multi_processor_count, properties.warp_size)
 
 
 def _vector(x: Tensor, size: int) -> Tensor:

@@ -1,8 +1,13 @@
 """The kernels in Triton: what runs on a GPU, or interpreted on the CPU.
 
 A tile is ROWS by COLS values of a tensor of n·c·s values. If the tensor is channels last, rows are
-positions and columns are channels. If it is contiguous, columns are positions, and rows are the
-samples of one channel in the reductions, images of any channels in the elementwise kernels.
+positions and columns are channels. If it is contiguous, columns are positions and rows are the
+samples of one channel in the reductions; in the elementwise kernels a tile is ROWS·COLS neighbors,
+`rows` is the number of all values, and COLS how many a thread loads at once.
+
+Triton loads several values at once if it knows that they start at a multiple of their size. Of an
+integer argument it learns only whether 16 divides it; hence ALIGN, a power of two that divides the
+length of what lies together, c or s.
 
 Only vectors of one value per channel are float64. Sums over a batch are made in float32, in as many
 lanes as a tile has values: a lane adds up GROUP values, and then these sums, each with the rounding
@@ -13,7 +18,7 @@ parts, which another kernel adds up, always in the same order: results are the s
 import triton
 import triton.language as tl
 
-# ruff: noqa: N803, ANN001, ANN201, ANN202, SIM102 -- arguments have no Python types; constants of
+# ruff: noqa: N803, ANN001, ANN201, ANN202, SIM102, SIM108 -- arguments have no Python types; constants of
 # the compilation are written in capitals, as in Triton's own kernels, and ask by an if of their own
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
@@ -39,10 +44,12 @@ def _add(total, error, value):
 
 @triton.jit
 def _reduced_tile(
-    tile, block, rows, c, s, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+    tile, block, rows, c, s,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """Return the offsets of a tile's values, which of them exist, and how many of a channel."""
     if CHANNELS_LAST:
+        c = c // ALIGN * ALIGN
         top = tile * tl.full((), ROWS, tl.int64)
         row = top + tl.arange(0, ROWS)
         col = block * COLS + tl.arange(0, COLS)
@@ -50,6 +57,7 @@ def _reduced_tile(
         exists = (row < rows)[:, None] & (col < c)[None, :]
         count = tl.minimum(rows - top, ROWS)
     else:
+        s = s // ALIGN * ALIGN
         across = (s + COLS - 1) // COLS
         top = (tile // across) * tl.full((), ROWS, tl.int64)
         left = (tile % across) * COLS
@@ -59,15 +67,6 @@ def _reduced_tile(
         exists = (row < rows)[:, None] & (col < s)[None, :]
         count = tl.minimum(rows - top, ROWS) * tl.minimum(s - left, COLS)
     return offsets, exists, count
-
-
-@triton.jit
-def _along_channels(vector, CHANNELS_LAST: tl.constexpr):
-    """Return a vector with one value per channel, or per row of a tile, to meet a tile."""
-    if CHANNELS_LAST:
-        return vector[None, :]
-    else:
-        return vector[:, None]
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def _mean(values, count, CHANNELS_LAST: tl.constexpr):
 def local_moments(
     x, parts, rows, c, s, tiles, tiles_per_part,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write the moments of each part of x, 2c + 1 values: count, means, M2.
 
@@ -103,7 +102,9 @@ def local_moments(
     block, part = tl.program_id(0), tl.program_id(1)
     first = part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, tiles)
-    offsets, exists, count = _reduced_tile(first, block, rows, c, s, CHANNELS_LAST, ROWS, COLS)
+    offsets, exists, count = _reduced_tile(
+        first, block, rows, c, s, CHANNELS_LAST, ROWS, COLS, ALIGN
+    )
     values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
     shift = _mean(values, count, CHANNELS_LAST)
     total = tl.where(exists, values - shift, 0.0)
@@ -117,7 +118,7 @@ def local_moments(
         for number in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues] -- a loop of Triton's
             tile = group + number
             offsets, exists, count = _reduced_tile(
-                tile, block, rows, c, s, CHANNELS_LAST, ROWS, COLS
+                tile, block, rows, c, s, CHANNELS_LAST, ROWS, COLS, ALIGN
             )
             exists = exists & (tile < last)
             values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
@@ -236,21 +237,48 @@ def _double(value, rest):
 
 
 @triton.jit
-def statistics(packed, c, result, eps, eps_rest, BLOCK: tl.constexpr):
-    """Write what normalizes, 2c + 1 values, given moments: count, means, 1/√(M2/count + eps).
+def _affine(mean, invstd, weight, bias, channel, exists, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
+    """Return rest and factor in float64, and head, scale, offset in float32.
 
-    eps is given as two float32 whose sum it is, because arguments have no more than float32.
+    y = (x − head)·scale + offset; head is what float32 can hold of the mean, rest what is left.
+    """
+    factor = invstd
+    if WEIGHT:
+        factor = invstd * tl.load(weight + channel, exists, 0.0).to(tl.float64)
+    head = mean.to(tl.float32)
+    rest = mean - head.to(tl.float64)
+    offset = -rest * factor
+    if BIAS:
+        offset += tl.load(bias + channel, exists, 0.0).to(tl.float64)
+    return rest, factor, head, factor.to(tl.float32), offset.to(tl.float32)
+
+
+@triton.jit
+def statistics(
+    packed, weight, bias, c, result, vectors, eps, eps_rest,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what normalizes, given moments, and what `normalize` needs of each channel.
+
+    The former is 2c + 1 values: count, means, 1/√(M2/count + eps); for the latter, see
+    `coefficients`. eps is given as two float32 whose sum it is, because arguments have no more than
+    float32.
     """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = channel < c
     count = tl.load(packed)
+    mean = tl.load(packed + 1 + channel, exists, 0.0)
     m2 = tl.load(packed + 1 + c + channel, exists, 0.0)
     variance = m2 / tl.where(count > 1, count, 1.0)
+    invstd = 1.0 / tl.sqrt(variance + _double(eps, eps_rest))
     if tl.program_id(0) == 0:
         tl.store(result, count)
-    tl.store(result + 1 + channel, tl.load(packed + 1 + channel, exists, 0.0), exists)
-    added = _double(eps, eps_rest)
-    tl.store(result + 1 + c + channel, 1.0 / tl.sqrt(variance + added), exists)
+    tl.store(result + 1 + channel, mean, exists)
+    tl.store(result + 1 + c + channel, invstd, exists)
+    _, _, head, scale, offset = _affine(mean, invstd, weight, bias, channel, exists, WEIGHT, BIAS)
+    tl.store(vectors + channel, head, exists)
+    tl.store(vectors + c + channel, scale, exists)
+    tl.store(vectors + 2 * c + channel, offset, exists)
 
 
 @triton.jit
@@ -285,56 +313,118 @@ def update_running(
 
 @triton.jit
 def _coefficients(norm, weight, bias, channel, c, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
-    """Return mean, invstd and weight in float64, and head, scale, offset in float32.
+    """Return rest, invstd and factor in float64, and head, scale, offset in float32.
 
-    y = (x − head)·scale + offset; head is what float32 can hold of the mean.
+    The mean is head + rest, and the factor invstd·weight; see `_affine`.
     """
     exists = channel < c
     mean = tl.load(norm + 1 + channel, exists, 0.0)
     invstd = tl.load(norm + 1 + c + channel, exists, 0.0)
-    factor = invstd
-    if WEIGHT:
-        factor = invstd * tl.load(weight + channel, exists, 0.0).to(tl.float64)
-    head = mean.to(tl.float32)
-    rest = mean - head.to(tl.float64)
-    offset = -rest * factor
-    if BIAS:
-        offset += tl.load(bias + channel, exists, 0.0).to(tl.float64)
-    return rest, invstd, factor, head, factor.to(tl.float32), offset.to(tl.float32)
+    rest, factor, head, scale, offset = _affine(
+        mean, invstd, weight, bias, channel, exists, WEIGHT, BIAS
+    )
+    return rest, invstd, factor, head, scale, offset
+
+
+@triton.jit
+def coefficients(
+    norm, weight, bias, sums, c, result,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write what the elementwise kernels need of each channel, in float32.
+
+    head, scale, offset; and for the gradient, head, scale, offset, by_x, constant, such that
+    dx = dy·scale + (x − head)·by_x + constant. To compute this in float64 for each value would take
+    longer than to read the value.
+    """
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = channel < c
+    rest, invstd, factor, head, scale, offset = _coefficients(
+        norm, weight, bias, channel, c, WEIGHT, BIAS
+    )
+    tl.store(result + channel, head, exists)
+    tl.store(result + c + channel, scale, exists)
+    tl.store(result + 2 * c + channel, offset, exists)
+    if BACKWARD:
+        count = tl.load(norm)
+        count = tl.where(count > 1, count, 1.0)
+        mean_dy = tl.load(sums + channel, exists, 0.0) / count
+        slope = invstd * tl.load(sums + c + channel, exists, 0.0) / count
+        by_x = -factor * slope
+        constant = factor * (rest * slope - mean_dy)
+        tl.store(result + 3 * c + channel, by_x.to(tl.float32), exists)
+        tl.store(result + 4 * c + channel, constant.to(tl.float32), exists)
 
 
 @triton.jit
 def _elementwise_tile(
-    rows, c, s, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """Return the offsets of this program's tile, which values exist, and their channels."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    rows, c, s,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Return the offsets of this program's tile, which values exist, and for `_of_values` the rest.
+
+    That is the channels of the columns if channels last; else those of the rows' first values,
+    those of the images after them, and which values are not yet of these.
+    """
     if CHANNELS_LAST:
-        width = c
-        channel = col
+        row = tl.program_id(0) * tl.full((), ROWS, tl.int64) + tl.arange(0, ROWS)
+        channel = tl.program_id(1) * COLS + tl.arange(0, COLS)
+        offsets = row[:, None] * c + channel[None, :]
+        exists = (row < rows)[:, None] & (channel < c)[None, :]
+        return offsets, exists, channel, channel, exists
     else:
-        width = s
-        channel = (row % c).to(tl.int32)
-    offsets = row[:, None] * width + col[None, :]
-    exists = (row < rows)[:, None] & (col < width)[None, :]
-    return offsets, exists, channel
+        first = tl.program_id(0).to(rows.dtype) * (ROWS * COLS)  # a short division if they are few
+        row = tl.arange(0, ROWS) * COLS
+        col = tl.arange(0, COLS)
+        offsets = first.to(tl.int64) + row[:, None] + col[None, :]
+        exists = offsets < rows // COLS * COLS
+        image = first // s
+        # Unsigned, because a tile may end beyond 2^31 in an image.
+        if s.dtype == tl.int64:
+            size = s.to(tl.uint64)
+        else:
+            size = s.to(tl.uint32)
+        position = (first - image * s).to(size.dtype) + row.to(size.dtype)
+        images = (image % c).to(tl.int32) + (position // size).to(tl.int32)
+        before = tl.minimum(size - position % size, COLS).to(tl.int32)
+        inside = col[None, :] < before[:, None]
+        return offsets, exists, images % c, (images + 1) % c, inside
+
+
+@triton.jit
+def _of_values(
+    vector, c, channel, following, inside,
+    CHANNELS_LAST: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Return a vector with one value per channel for the values of a tile."""
+    if CHANNELS_LAST:
+        return tl.load(vector + channel, channel < c, 0.0)[None, :]
+    elif ALIGN >= COLS:
+        return tl.load(vector + channel)[:, None]  # each row is of one image
+    else:
+        here, after = tl.load(vector + channel), tl.load(vector + following)
+        return tl.where(inside, here[:, None], after[:, None])
 
 
 @triton.jit
 def normalize(
-    x, residual, norm, weight, bias, y, rows, c, s,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x, residual, vectors, y, rows, c, s,
+    RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write y = (x − mean)·invstd·weight + bias + residual, or max(y, 0)."""
-    offsets, exists, channel = _elementwise_tile(rows, c, s, CHANNELS_LAST, ROWS, COLS)
-    _, _, _, head, scale, offset = _coefficients(norm, weight, bias, channel, c, WEIGHT, BIAS)
-    values = tl.load(x + offsets, exists, 0.0).to(tl.float32)
+    """Write y = (x − head)·scale + offset + residual, or max(y, 0); see `coefficients`."""
+    if CHANNELS_LAST:
+        c = c // ALIGN * ALIGN
+    offsets, exists, channel, following, inside = _elementwise_tile(
+        rows, c, s, CHANNELS_LAST, ROWS, COLS, ALIGN
+    )
+    head = _of_values(vectors, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
+    scale = _of_values(vectors + c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
+    offset = _of_values(vectors + 2 * c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
     result = tl.fma(
-        values - _along_channels(head, CHANNELS_LAST),
-        tl.broadcast_to(_along_channels(scale, CHANNELS_LAST), (ROWS, COLS)),
-        tl.broadcast_to(_along_channels(offset, CHANNELS_LAST), (ROWS, COLS)),
+        tl.load(x + offsets, exists, 0.0).to(tl.float32) - head,
+        tl.broadcast_to(scale, (ROWS, COLS)),
+        tl.broadcast_to(offset, (ROWS, COLS)),
     )
     if RESIDUAL:
         result += tl.load(residual + offsets, exists, 0.0).to(tl.float32)
@@ -348,7 +438,7 @@ def backward_reduce(
     dy, x, norm, weight, bias, parts, rows, c, s, tiles, tiles_per_part,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write Σdy and Σdy·(x − head) of each part, 2c values."""
     block, part = tl.program_id(0), tl.program_id(1)
@@ -369,7 +459,9 @@ def backward_reduce(
         group_product = tl.full((ROWS, COLS), 0.0, tl.float32)
         for number in tl.static_range(GROUP):  # pyright: ignore[reportGeneralTypeIssues] -- a loop of Triton's
             tile = group + number
-            offsets, exists, _ = _reduced_tile(tile, block, rows, c, s, CHANNELS_LAST, ROWS, COLS)
+            offsets, exists, _count = _reduced_tile(
+                tile, block, rows, c, s, CHANNELS_LAST, ROWS, COLS, ALIGN
+            )
             exists = exists & (tile < last)
             gradient = tl.load(dy + offsets, exists, 0.0).to(tl.float32)
             deviation = tl.load(x + offsets, exists, 0.0).to(tl.float32) - head
@@ -432,38 +524,35 @@ def backward_sums(
 
 @triton.jit(do_not_specialize=["mark"])
 def backward_input(
-    dy, x, norm, weight, bias, sums, dx, rows, c, s, slot, mark,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MARK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    dy, x, vectors, dx, rows, c, s, slot, mark, RELU: tl.constexpr, MARK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Write dx = weight·invstd·(dy − Σdy/count − x̂·Σdy·x̂/count), a count of 0 being 1.
+    """Write dx = dy·scale + (x − head)·by_x + constant, dy being 0 where the ReLU's output is.
 
     With MARK, `mark` is written to the slot, for the host to see how far the device is.
     """
     if MARK:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(slot, mark)
-    offsets, exists, channel = _elementwise_tile(rows, c, s, CHANNELS_LAST, ROWS, COLS)
-    rest, invstd, factor, head, scale, offset = _coefficients(
-        norm, weight, bias, channel, c, WEIGHT, BIAS
+    if CHANNELS_LAST:
+        c = c // ALIGN * ALIGN
+    offsets, exists, channel, following, inside = _elementwise_tile(
+        rows, c, s, CHANNELS_LAST, ROWS, COLS, ALIGN
     )
-    count = tl.load(norm)
-    count = tl.where(count > 1, count, 1.0)
-    mean_dy = tl.load(sums + channel, channel < c, 0.0) / count
-    slope = invstd * tl.load(sums + c + channel, channel < c, 0.0) / count
-    by_x = _along_channels((-factor * slope).to(tl.float32), CHANNELS_LAST)
-    constant = _along_channels((factor * (rest * slope - mean_dy)).to(tl.float32), CHANNELS_LAST)
-    by_dy = tl.broadcast_to(_along_channels(scale, CHANNELS_LAST), (ROWS, COLS))
+    head = _of_values(vectors, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
+    scale = _of_values(vectors + c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
+    by_x = _of_values(vectors + 3 * c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN)
+    constant = _of_values(
+        vectors + 4 * c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN
+    )
+    scale = tl.broadcast_to(scale, (ROWS, COLS))
     gradient = tl.load(dy + offsets, exists, 0.0).to(tl.float32)
-    deviation = tl.load(x + offsets, exists, 0.0).to(tl.float32) - _along_channels(
-        head, CHANNELS_LAST
-    )
+    deviation = tl.load(x + offsets, exists, 0.0).to(tl.float32) - head
     if RELU:
-        y = tl.fma(
-            deviation,
-            by_dy,
-            tl.broadcast_to(_along_channels(offset, CHANNELS_LAST), (ROWS, COLS)),
+        offset = _of_values(
+            vectors + 2 * c, c, channel, following, inside, CHANNELS_LAST, COLS, ALIGN
         )
+        y = tl.fma(deviation, scale, tl.broadcast_to(offset, (ROWS, COLS)))
         gradient = tl.where(y <= 0, 0.0, gradient)
-    result = gradient * by_dy + (deviation * by_x + constant)
+    result = gradient * scale + (deviation * by_x + constant)
     tl.store(dx + offsets, result.to(dx.dtype.element_ty), exists)

@@ -225,22 +225,25 @@ def normalize(
             f"cannot hold; choose an eps above {_LEAST_EPS[x.dtype]:.1e}",
             stacklevel=4,
         )
-    statistics = kernels.statistics(moments, eps)
+    norm = kernels.normalization(moments, weight, bias, relu, eps)
     function: Any = _BatchNorm
     if torch.compiler.is_compiling():
         function = _CompiledBatchNorm
     elif transforming():
         function = _TransformedBatchNorm
-    return function.apply(x, weight, bias, residual, statistics, relu, kernels, exchange)
+    return function.apply(
+        x, weight, bias, residual, norm.statistics, norm.coefficients, relu, kernels, exchange
+    )
 
 
 class _BatchNorm(torch.autograd.Function):
-    """(x, weight, bias, residual, statistics) to y; the statistics are those of x."""
+    """(x, weight, bias, residual, statistics, …) to y; the statistics are those of x."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] -- torch's own signature is (*args: Any)
-        x, weight, bias, residual, statistics, relu, kernels, _ = inputs
-        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
+        x, weight, bias, residual, statistics, coefficients, relu, kernels, _ = inputs
+        norm = Normalization(statistics, weight, bias, relu, coefficients)
+        y = kernels.normalize(x, norm, residual)
         _save(ctx, inputs, y)
         return y
 
@@ -265,11 +268,13 @@ class _CompiledBatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         statistics: Tensor,
+        coefficients: Tensor | None,
         relu: bool,
         kernels: Kernels,
         exchange: Exchange,
     ) -> Tensor:
-        y = kernels.normalize(x, Normalization(statistics, weight, bias, relu), residual)
+        norm = Normalization(statistics, weight, bias, relu, coefficients)
+        y = kernels.normalize(x, norm, residual)
         if torch.compiler.is_compiling():
             # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
             # to the dtype that it has; the compiler fuses the copy away.
@@ -295,7 +300,7 @@ class _TransformedBatchNorm(_CompiledBatchNorm):
 
 def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
     """Save what the backward pass reads; the same number of tensors, whoever computes."""
-    x, weight, bias, residual, statistics, relu, ctx.kernels, ctx.exchange = inputs
+    x, weight, bias, residual, statistics, _, relu, ctx.kernels, ctx.exchange = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     # The ReLU's mask is found again from x and the bias, unless a residual was added, or a tangent
     # needs y itself.
@@ -342,7 +347,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweight = sums.chunk(2)[1].to(weight.dtype)
     if needs[2] and dbias is None:
         dbias = sums.chunk(2)[0].to(ctx.bias_dtype)
-    return dx, dweight, dbias, dy if needs[3] else None, None, None, None, None
+    return dx, dweight, dbias, dy if needs[3] else None, None, None, None, None, None
 
 
 class _GlobalMoments(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The kernels in Triton, interpreted: on two ranks, and on data far from 0."""
+"""The kernels in Triton, interpreted: on two ranks, far from 0, and on images of odd sizes."""
 
 from unittest import mock
 
@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.reference import ReferenceKernels
 from tests.support.interpreted import tiles_of
 from tests.support.world import run_world
 
@@ -67,3 +69,29 @@ def test_variance_far_from_0_keeps_its_digits(
     expected = exact.var((0, 2, 3), correction=0)
     torch.testing.assert_close(moments.variance(), expected, rtol=1e-6, atol=0)
     assert torch.equal(again.packed, moments.packed)
+
+
+# Vectors that begin in one channel and end in the next: of 8 values, 4 and 2, over the end of the
+# tensor's channels too, and with 1 the least image that has vectors.
+@pytest.mark.parametrize("shape", [(4, 4, 7, 7), (2, 6, 14, 7), (4, 8, 5, 1), (3, 8, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("relu", [False, True])
+def test_images_that_no_vector_divides_are_normalized(
+    shape: tuple[int, ...], dtype: torch.dtype, relu: bool
+) -> None:
+    torch.manual_seed(0)
+    c = shape[1]
+    x, dy, residual = torch.randn(3, *shape).to(dtype).unbind()
+    statistics = torch.cat([torch.tensor([x.numel() / c]), torch.randn(c), torch.rand(c) + 0.5])
+    norm = Normalization(statistics.double(), torch.randn(c), torch.randn(c), relu)
+    reference = ReferenceKernels()
+    sums = reference.backward_reduce(dy, x, norm)
+    with tiles_of(16) as kernels:  # several of them
+        y = kernels.normalize(x, norm, residual)
+        dx = kernels.backward_input(dy, x, norm, sums)
+    # A few roundings of values below 32.
+    atol = 32 * torch.finfo(dtype).eps
+    expected = reference.normalize(x, norm, residual)
+    torch.testing.assert_close(y, expected, rtol=0, atol=atol)
+    expected = reference.backward_input(dy, x, norm, sums)
+    torch.testing.assert_close(dx, expected, rtol=0, atol=atol)
