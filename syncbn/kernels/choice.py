@@ -15,6 +15,8 @@ from syncbn.kernels.protocol import Kernels
 from syncbn.kernels.reference import ReferenceKernels
 
 _REFERENCE, _NATIVE = ReferenceKernels(), NativeKernels()
+# Those in Triton, once they have been imported.
+_imported: list[Kernels] = []
 _log = logging.getLogger("syncbn")
 
 
@@ -82,23 +84,19 @@ def _for_gpu(x: Tensor, *others: Tensor | None) -> Kernels:
 
 def _triton(insist: bool) -> Kernels:
     """Return the kernels in Triton, or, unless one insists on them, the reference without them."""
-    try:
-        return _imported_triton()
-    except ImportError as error:
-        reason = f"Triton cannot be imported ({error})"
-        if insist:
-            raise InputError(
-                f"{reason}; install it, or set {KERNELS} to auto or reference"
-            ) from error
-        _say_once(f"{reason}; on GPUs, PyTorch operations normalize, which are slower")
-        return _REFERENCE
-
-
-@lru_cache(maxsize=1)
-def _imported_triton() -> Kernels:
-    from syncbn.kernels.triton import TritonKernels  # takes a second, and is not there everywhere
-
-    return TritonKernels()
+    if not _imported:
+        try:
+            from syncbn.kernels.triton import TritonKernels  # takes a second; not everywhere
+        except ImportError as error:
+            reason = f"Triton cannot be imported ({error})"
+            if insist:
+                raise InputError(
+                    f"{reason}; install it, or set {KERNELS} to auto or reference"
+                ) from error
+            _say_once(f"{reason}; on GPUs, PyTorch operations normalize, which are slower")
+            return _REFERENCE
+        _imported.append(TritonKernels())
+    return _imported[0]
 
 
 @lru_cache(maxsize=64)

@@ -71,7 +71,7 @@ def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = No
     plan, c = _plan(x), x.shape[1]
     parts = _vector(x, plan.parts * (2 * c + 1))
     with _on(x):
-        _launchable(triton_source.local_moments)[(plan.blocks, plan.parts)](
+        _launchable(triton_source.local_moments, x)[(plan.blocks, plan.parts)](
             x, parts, *plan.extent, *plan.tiles, GROUP=_GROUP, **plan.tile, num_warps=plan.warps
         )
         if plan.parts == 1 and not stamp:
@@ -94,7 +94,7 @@ def merge(
     c = (stride - 1) // 2
     packed = _vector(batches, 2 * c + 1 + stamp)
     tile = _merged_tile(number)
-    _launchable(triton_source.merge)[(triton.cdiv(c, tile["CHANNELS"]),)](
+    _launchable(triton_source.merge, batches)[(triton.cdiv(c, tile["CHANNELS"]),)](
         batches, number, stride, c, batches if shift is None else shift, packed,
         *_marked(mark, batches),
         STAMP=stamp, STAMPED=0 if shift is None else STAMPED, MARK=mark is not None,
@@ -111,7 +111,7 @@ def normalization(
     coefficients = torch.empty(3 * c, dtype=torch.float32, device=packed.device)
     norm = Normalization(statistics, weight, bias, relu, coefficients)
     with _on(packed):
-        _launchable(triton_source.statistics)[(triton.cdiv(c, _BLOCK),)](
+        _launchable(triton_source.statistics, packed)[(triton.cdiv(c, _BLOCK),)](
             packed, *_vectors(norm)[1:], c, statistics, coefficients, *_halves(eps),
             BLOCK=_BLOCK, **_which(norm),
         )  # fmt: skip
@@ -121,9 +121,9 @@ def normalization(
 def update_running(packed: Tensor, buffers: tuple[Tensor, ...], momentum: float | None) -> None:
     """Move running mean, variance and number of batches towards these moments."""
     with _on(packed):
-        _launchable(triton_source.update_running)[(1,)](
+        _launchable(triton_source.update_running, packed)[(1,)](
             packed, packed.shape[0] // 2, *buffers, *_halves(momentum or 0.0),
-            AVERAGE=momentum is None, BLOCK=1024,
+            AVERAGE=momentum is None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def normalize(x: Tensor, norm: Normalization, residual: Tensor | None) -> Tensor
     residual = None if residual is None else laid_out_as(x, residual)
     with _on(x):
         vectors = _coefficients(x, norm) if norm.coefficients is None else norm.coefficients
-        _launchable(triton_source.normalize)[plan.grid](
+        _launchable(triton_source.normalize, x)[plan.grid](
             x, x if residual is None else residual, vectors, y, *plan.extent,
             RESIDUAL=residual is not None, RELU=norm.relu, **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
@@ -153,11 +153,11 @@ def backward_reduce(
     parts, sums = _vector(x, plan.parts * 2 * c), _vector(x, 2 * c)
     vectors, tile = _vectors(norm), _merged_tile(plan.parts)
     with _on(x):
-        _launchable(triton_source.backward_reduce)[(plan.blocks, plan.parts)](
+        _launchable(triton_source.backward_reduce, x)[(plan.blocks, plan.parts)](
             laid_out_as(x, dy), x, *vectors, parts, *plan.extent, *plan.tiles,
             RELU=norm.relu, GROUP=_GROUP, **_which(norm), **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
-        _launchable(triton_source.backward_sums)[(triton.cdiv(c, tile["CHANNELS"]),)](
+        _launchable(triton_source.backward_sums, x)[(triton.cdiv(c, tile["CHANNELS"]),)](
             parts, plan.parts, vectors[0], c, sums,
             sums if dweight is None else dweight, sums if dbias is None else dbias,
             *_marked(mark, sums),
@@ -174,7 +174,7 @@ def backward_input(
     plan, dx = _plan(x, elementwise=True), _like(x)
     with _on(x):
         vectors = _coefficients(x, norm, sums.double().contiguous())
-        _launchable(triton_source.backward_input)[plan.grid](
+        _launchable(triton_source.backward_input, x)[plan.grid](
             laid_out_as(x, dy), x, vectors, dx, *plan.extent, *_marked(mark, sums),
             RELU=norm.relu, MARK=mark is not None, **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def _coefficients(x: Tensor, norm: Normalization, sums: Tensor | None = None) ->
     """Return what the elementwise kernels need of each channel; with sums, for the gradient."""
     c, vectors = x.shape[1], _vectors(norm)
     result = torch.empty((3 if sums is None else 5) * c, dtype=torch.float32, device=x.device)
-    _launchable(triton_source.coefficients)[(triton.cdiv(c, _BLOCK),)](
+    _launchable(triton_source.coefficients, x)[(triton.cdiv(c, _BLOCK),)](
         *vectors, vectors[0] if sums is None else sums, c, result,
         BACKWARD=sums is not None, BLOCK=_BLOCK, **_which(norm),
     )  # fmt: skip
@@ -200,9 +200,9 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else numpy.errstate(all="ignore")
 
 
-def _launchable(kernel: Any) -> Any:
-    """Return a kernel as it is, or, while a graph is made, as that takes it."""
-    return kernel if INTERPRETED else wrap_triton(kernel)
+def _launchable(kernel: Any, x: Tensor) -> Any:
+    """Return a kernel as it is, or, if x stands for others, as the graph that is made takes it."""
+    return kernel if type(x) in _PLAIN else wrap_triton(kernel)
 
 
 def _plan(x: Tensor, elementwise: bool = False) -> Plan:

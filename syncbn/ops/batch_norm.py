@@ -275,7 +275,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         norm = Normalization(statistics, weight, bias, relu, coefficients)
         y = kernels.normalize(x, norm, residual)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and isinstance(kernels, ReferenceKernels):
             # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
             # to the dtype that it has; the compiler fuses the copy away.
             y = y.clone(memory_format=torch.preserve_format)
