@@ -23,8 +23,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _TILE, _THREADS = 2048, 256
 # Vectors of 16 bytes of a thread of an elementwise kernel, that share what it computes first.
 _VECTORS = 4
-# Values that a lane adds up before it looks at the rounding error, and loads on their way at once.
-_GROUP = 4
+# Values that a lane adds up before it looks at the rounding error, and loads on their way at once;
+# fewer where loads are narrow, because each then has an address in registers.
+_GROUP, _NARROW_GROUP = 4, 2
 # Programs of a reduction per multiprocessor, and in all: enough loads on their way, few parts.
 _PROGRAMS, _MOST_PROGRAMS = 4, 640
 # Channels of a program that computes with vectors of one value per channel.
@@ -72,7 +73,13 @@ def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = No
     parts = _vector(x, plan.parts * (2 * c + 1))
     with _on(x):
         _launchable(triton_source.local_moments, x)[(plan.blocks, plan.parts)](
-            x, parts, *plan.extent, *plan.tiles, GROUP=_GROUP, **plan.tile, num_warps=plan.warps
+            x,
+            parts,
+            *plan.extent,
+            *plan.tiles,
+            GROUP=_group(plan, x),
+            **plan.tile,
+            num_warps=plan.warps,
         )
         if plan.parts == 1 and not stamp:
             return parts
@@ -155,7 +162,8 @@ def backward_reduce(
     with _on(x):
         _launchable(triton_source.backward_reduce, x)[(plan.blocks, plan.parts)](
             laid_out_as(x, dy), x, *vectors, parts, *plan.extent, *plan.tiles,
-            RELU=norm.relu, GROUP=_GROUP, **_which(norm), **plan.tile, num_warps=plan.warps,
+            RELU=norm.relu, GROUP=_group(plan, x), **_which(norm), **plan.tile,
+            num_warps=plan.warps,
         )  # fmt: skip
         _launchable(triton_source.backward_sums, x)[(triton.cdiv(c, tile["CHANNELS"]),)](
             parts, plan.parts, vectors[0], c, sums,
@@ -254,6 +262,10 @@ def _plan_of(
 
 
 _known_plan = lru_cache(maxsize=4096)(_plan_of)
+
+
+def _group(plan: Plan, x: Tensor) -> int:
+    return _GROUP if plan.tile["ALIGN"] * x.element_size() >= 16 else _NARROW_GROUP
 
 
 def _merged_tile(number: int) -> dict[str, int]:
