@@ -24,8 +24,8 @@ _TILE, _THREADS = 2048, 256
 # Vectors of 16 bytes of a thread of an elementwise kernel, that share what it computes first.
 _VECTORS = 4
 # Values that a lane adds up before it looks at the rounding error, and loads on their way at once;
-# fewer where loads are narrow, because each then has an address in registers.
-_GROUP, _NARROW_GROUP = 4, 2
+# one where loads are narrow, because each then has an address in registers, of which none is left.
+_GROUP, _NARROW_GROUP = 4, 1
 # Programs of a reduction per multiprocessor, and in all: enough loads on their way, few parts.
 _PROGRAMS, _MOST_PROGRAMS = 4, 640
 # Channels of a program that computes with vectors of one value per channel.
