@@ -5,7 +5,8 @@ PYTEST := $(BIN)/python -m pytest
 # A worker that has nothing left to do takes half of what another still has.
 PARALLEL := --numprocesses 2 --dist worksteal
 
-.PHONY: help install demo why check test test-layer test-train test-service test-long format lock clean
+.PHONY: help install demo why check test test-layer test-train test-service test-long test-gpu \
+	format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -46,6 +47,9 @@ test-service: install  ## the tests of the service alone
 # One after the other, because a soak and the endings of jobs are measured by the clock.
 test-long: install  ## the tests that take long: variants, compiled models, a soak, kills
 	$(PYTEST) -m long
+
+test-gpu: install  ## the tests that need a GPU; each skips without one
+	$(PYTEST) -m cuda tests/gpu tests/syncbn/train
 
 format: install  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix

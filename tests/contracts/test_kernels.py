@@ -11,7 +11,6 @@ from syncbn.kernels.protocol import Kernels, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.mark import Mark, Marks
 from syncbn.moments import Moments
-from tests.support.interpreted import tiles_of
 from tests.support.native import limited
 from tests.support.tolerance import assert_as_exact
 
@@ -40,6 +39,8 @@ def kernels(request: pytest.FixtureRequest) -> Generator[Kernels]:
     elif request.node.callspec.params.get("shape") == (11, 37, 5, 7):
         pytest.skip("the interpreter takes seconds for each of so many channels")
     else:
+        from tests.support.interpreted import tiles_of  # interprets in all of the process
+
         with tiles_of(request.param) as kernels:
             yield kernels
 
