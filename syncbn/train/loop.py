@@ -7,30 +7,28 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from syncbn.baselines import Renormalizer
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import ConfigError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, Position, read_newest
 from syncbn.train.data import load_dataset
 from syncbn.train.evaluation import evaluate
 from syncbn.train.export import export
-from syncbn.train.generators import KeptGenerators, restore_generators, seed_generators
+from syncbn.train.generators import restore_generators, seed_generators
 from syncbn.train.records import Records
 from syncbn.train.run_directory import Result, RunDirectory
 from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_loader
-from syncbn.train.schema import SYNCHRONISED, Shares, TrainConfig
+from syncbn.train.schema import Shares, TrainConfig
 from syncbn.train.state import Training, prepare
+from syncbn.train.step import Step, Stepper
+from syncbn.train.totals import HostTotals
 from syncbn.train.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.watch import Watch
 
@@ -105,12 +103,10 @@ class _Loop:
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.sums = [0.0, 0.0, 0.0]
-        self.extra: dict[str, float] = {}  # what the latest step has to say besides
         self.records = Records(run, config.checkpoint.keep)
-        # The buffers and generators before a step, to which a step that goes wrong returns.
-        self.buffers = list(self.training.model.buffers())
-        self.kept_buffers = [buffer.clone() for buffer in self.buffers]
-        self.kept_generators = KeptGenerators()
+        self.stepper = Stepper(
+            self.training, HostTotals(self.control), self.records, watch, self._judge
+        )
 
     def _labels(self) -> Tensor | None:
         """Return the labels by which the ranks share the training samples, if they do."""
@@ -218,28 +214,20 @@ class _Loop:
         self.training.replica.train()
         self.epoch_started = time.monotonic()
         self.epoch_images = 0
-        logged_at, logged_images = time.monotonic(), 0
+        self.logged = time.monotonic(), 0
         batches = iter(self.loader)
         number = 0
         while self.position.step < self.total_steps and samples < len(self.dataset.train):
-            step = self.position.step
-            self.watch.at(step, "loading data")
+            before = self.position
+            self.watch.at(before.step, "loading data")
             micro = list(itertools.islice(batches, self.config.optim.accumulate))
             total = sum(self.share.total(number + k) for k in range(len(micro)))
             number += len(micro)
-            rate = float(self.training.schedule.get_last_lr()[0])
-            loss, accuracy, stop = self._step(micro, total)
             samples += total
-            self.position = Position(epoch, samples, step + 1)
-            self.epoch_images += total
-            progress.update(total)
-            if not progress.disable:
-                progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
-            if self.position.step % self.config.log_every_steps == 0:
-                now = time.monotonic()
-                images_per_s = (self.epoch_images - logged_images) / (now - logged_at)
-                logged_at, logged_images = now, self.epoch_images
-                self._write_step(tracker, rate, loss, accuracy, images_per_s)
+            after = Position(epoch, samples, before.step + 1)
+            step = self.stepper.make(micro, total, before, after)
+            self.position = after
+            stop = self._note(step, tracker, progress)
             at_end = samples == len(self.dataset.train)
             every = self.config.checkpoint.every_steps
             if stop:
@@ -248,87 +236,44 @@ class _Loop:
                 self._checkpoint(is_best=False)
         return 0
 
-    def _step(self, micro: list[Batch], total: int) -> tuple[float, float, int]:
-        """Do one optimizer step; return its mean loss, its accuracy, and a signal to stop, or 0."""
-        training, config, step = self.training, self.config, self.position.step
-        if self.buffers:
-            torch._foreach_copy_(self.kept_buffers, self.buffers)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as the optimizers of torch do
-        self.kept_generators = KeptGenerators()
-        training.optimizer.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
-        correct: list[Tensor] = []
-        self.watch.at(step, "in forward and backward")
-        self.extra = {}
-        for number, (samples, labels) in enumerate(micro):
-            with self._mode_for(samples), self._no_sync_unless(number == len(micro) - 1):
-                inputs = training.inputs(samples)
-                targets = labels.to(training.device, non_blocking=True)
-                with training.autocast(), self._watching():
-                    logits: Tensor = training.replica(inputs)
-                # The sum, as shares may differ in size; DDP then takes the mean over ranks.
-                loss = functional.cross_entropy(
-                    logits.float() if logits.dtype != torch.float64 else logits,
-                    targets,
-                    reduction="sum",
-                    label_smoothing=config.optim.label_smoothing,
-                )
-                cost = loss * (self.world_size / total)
-                if training.penalty is not None:  # the same on all ranks, and their mean itself
-                    penalty = training.penalty.value() / len(micro)
-                    self.extra = {"penalty": self.extra.get("penalty", 0) + penalty.item()}
-                    cost = cost + penalty.to(cost.dtype)
-                training.scaler.scale(cost).backward()
-            losses.append(loss.detach())
-            correct.append((logits.detach().argmax(1) == targets).sum())
-        self.watch.at(step, "waiting for the other ranks")
-        loss_sum = sum(loss.item() for loss in losses)
-        right = sum(count.item() for count in correct)
-        mine = [loss_sum, right, self.watch.stop_signal, self.records.failed]
-        sums = self.control.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if sums[3]:
+    def _note(self, step: Step, tracker: Tracker, progress: "tqdm[Any]") -> int:
+        """Add a step to the epoch's sums, show and write it; return a signal to stop, or 0."""
+        totals, samples = step.totals, step.samples
+        loss, accuracy = totals.loss / samples, totals.correct / samples
+        self.sums = [
+            self.sums[0] + totals.loss,
+            self.sums[1] + totals.correct,
+            self.sums[2] + samples,
+        ]
+        self.epoch_images += samples
+        progress.update(samples)
+        if not progress.disable:
+            progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+        if step.after.step % self.config.log_every_steps == 0:
+            now, (logged_at, logged_images) = time.monotonic(), self.logged
+            images_per_s = (self.epoch_images - logged_images) / (now - logged_at)
+            self.logged = now, self.epoch_images
+            values = {
+                "step": step.after.step,
+                "epoch": step.after.epoch + step.after.samples / len(self.dataset.train),
+                "lr": step.rate,
+                "loss": loss,
+                "accuracy": accuracy,
+                "images_per_s": images_per_s,
+                **step.extra,
+            }
+            self.records.write(lambda run: run.append_step(values))
+            tracker.log(step.after.step, values)
+        if totals.stop_signals:  # at least one rank was told to; all take the highest number
+            return int(_maximum(self.watch.stop_signal))
+        return 0
+
+    def _judge(self, step: Step) -> None:
+        """Raise, on every rank, where a step of which the totals are known must be the last."""
+        if step.totals.failures:
             self.records.raise_failure()
-        if not math.isfinite(sums[0]):
-            self._give_up(loss_sum, sums[0] / total)
-        if config.optim.clip_norm is not None:
-            training.scaler.unscale_(training.optimizer)
-            clip_grad_norm_(training.replica.parameters(), config.optim.clip_norm)
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        training.schedule.step()
-        if training.renormalizer is not None:
-            self._renormalize(training.renormalizer, micro)
-        if training.average is not None:
-            training.average.update_parameters(training.model)
-        self.sums = [self.sums[0] + sums[0], self.sums[1] + sums[1], self.sums[2] + total]
-        stop = 0
-        if sums[2]:  # at least one rank was told to; all take the highest signal's number
-            stop = int(_maximum(self.watch.stop_signal))
-        return sums[0] / total, sums[1] / total, stop
-
-    def _renormalize(self, renormalizer: Renormalizer, micro: list[Batch]) -> None:
-        """Make the units standard on the samples of the step that was just made."""
-        training = self.training
-        samples = torch.cat([samples for samples, _ in micro])
-
-        def forward() -> None:
-            with training.autocast():
-                training.model(training.inputs(samples))
-
-        done = renormalizer.step(forward)
-        self.extra |= {"undone_mean": done.mean_shift, "undone_log_scale": done.log_scale}
-
-    def _watching(self) -> AbstractContextManager[None]:
-        penalty = self.training.penalty
-        return nullcontext() if penalty is None else penalty.watch()
-
-    def _mode_for(self, samples: Tensor) -> "_Evaluating | nullcontext[None]":
-        """Return the mode for a share: one without samples must leave its own statistics alone."""
-        if len(samples) == 0 and not isinstance(self.config.norm, SYNCHRONISED):
-            return _Evaluating(self.training.replica)
-        return nullcontext()
-
-    def _no_sync_unless(self, last: bool) -> Any:
-        return nullcontext() if last else self.training.replica.no_sync()
+        if not math.isfinite(step.totals.loss):
+            self._give_up(step)
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
         self.watch.at(self.position.step, "evaluating")
@@ -382,21 +327,6 @@ class _Loop:
             "  (best)" if is_best else "",
         )
 
-    def _write_step(
-        self, tracker: Tracker, rate: float, loss: float, accuracy: float, images_per_s: float
-    ) -> None:
-        values = {
-            "step": self.position.step,
-            "epoch": self.position.epoch + self.position.samples / len(self.dataset.train),
-            "lr": rate,
-            "loss": loss,
-            "accuracy": accuracy,
-            "images_per_s": images_per_s,
-            **self.extra,
-        }
-        self.records.write(lambda run: run.append_step(values))
-        tracker.log(self.position.step, values)
-
     def _checkpoint(self, is_best: bool) -> None:
         """Write the present state, in the background; collective: gathers the generators."""
         self.watch.at(self.position.step, "writing a checkpoint")
@@ -414,16 +344,15 @@ class _Loop:
 
         self.records.write_checkpoint(make, is_best)
 
-    def _give_up(self, own_sum: float, loss: float) -> None:
+    def _give_up(self, step: Step) -> None:
         """Write the state before a step whose loss is not finite, and raise what is known of it."""
-        training, position = self.training, self.position
+        training = self.training
+        position = self.position = step.before
         own: list[Any] = [None] * self.world_size
-        dist.all_gather_object(own, math.isfinite(own_sum))
+        dist.all_gather_object(own, math.isfinite(step.own_loss))
         where = [rank for rank, finite in enumerate(own) if not finite] or "only all ranks together"
-        for kept, buffer in zip(self.kept_buffers, self.buffers, strict=True):
-            buffer.copy_(kept)
-        self.kept_generators.restore()
-        state = [*training.model.parameters(), *self.buffers]
+        step.kept.restore()
+        state = [*training.model.parameters(), *training.model.buffers()]
         good = all(bool(tensor.isfinite().all()) for tensor in state)
         if good:
             self._checkpoint(is_best=False)
@@ -436,9 +365,9 @@ class _Loop:
         total = len(self.dataset.train)
         rate = training.schedule.get_last_lr()[0]
         raise TrainingError(
-            f"the training loss is {loss} at step {position.step + 1} (epoch "
-            f"{position.epoch + 1}, after {position.samples} of {total} samples, learning rate "
-            f"{rate:g}, ranks {where}); {kept_state}; try a lower optim.lr than "
+            f"the training loss is {step.totals.loss / step.samples} at step {position.step + 1} "
+            f"(epoch {position.epoch + 1}, after {position.samples} of {total} samples, learning "
+            f"rate {rate:g}, ranks {where}); {kept_state}; try a lower optim.lr than "
             f"{self.config.optim.lr:g}, or optim.clip_norm=1"
         )
 
@@ -450,19 +379,6 @@ class _Loop:
     def _capped(self, steps: int) -> int:
         limit = self.config.max_steps
         return steps if limit is None else min(steps, limit)
-
-
-class _Evaluating:
-    """A context in which a module is in evaluation mode."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._module.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self._module.train()
 
 
 def together(work: Callable[[], T]) -> T:
