@@ -1,9 +1,11 @@
 """Optimizers, schedules and moving averages of weights, as configured."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -14,7 +16,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from syncbn.errors import ConfigError
 from syncbn.train.schema import (
@@ -66,6 +68,68 @@ def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimiz
             raise AssertionError(f"no optimizer for {config}")
 
 
+def can_skip(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer can leave out a step by what a tensor on its device says.
+
+    The fused ones can, which is what torch chooses them by for its own gradient scaler.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def take_step(
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    clip_norm: float | None,
+    skip: Tensor | None = None,
+) -> None:
+    """Change the weights by their gradients, unless these have overflowed; and move their scale.
+
+    Where the optimizer `can_skip`, the host does not wait for the device.
+
+    Args:
+        optimizer: holds the weights.
+        scaler: scaled the loss; disabled unless the precision is float16.
+        clip_norm: gradients whose norm is larger are scaled down to it; None: never.
+        skip: 0-d, float32, on the device of the weights: where it is 1, the weights and the state
+            of the optimizer stay as they are, and where it is 0, it changes nothing. Only for an
+            optimizer that `can_skip`.
+    """
+    if skip is not None or scaler.is_enabled():
+        _begin_momentum(optimizer)
+    if skip is not None or clip_norm is not None:
+        scaler.unscale_(optimizer)
+    if clip_norm is not None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        clip_grad_norm_(weights, clip_norm)
+    if skip is None:
+        scaler.step(optimizer)
+    elif scaler.is_enabled():
+        for found in scaler._found_inf_per_device(optimizer).values():  # pyright: ignore[reportPrivateUsage] -- as torch's FSDP does, to tell all ranks
+            torch.maximum(found, skip, out=found)  # the kernels look whether it is exactly 1
+        scaler.step(optimizer)
+    else:
+        assert can_skip(optimizer)
+        optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue] -- how torch's scaler tells it
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue] -- as above
+    scaler.update()
+
+
+def _begin_momentum(optimizer: Optimizer) -> None:
+    """Set the momentum of SGD to 0 before its first step.
+
+    Otherwise torch's fused SGD takes fresh memory for it, which a first step that is left out does
+    not fill, and the second one adds to (torch 2.14).
+    """
+    if isinstance(optimizer, SGD) and not optimizer.state:
+        for group in optimizer.param_groups:
+            if group["momentum"] != 0:
+                for weight in group["params"]:
+                    optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
 def make_schedule(
     optimizer: Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
 ) -> LRScheduler:
@@ -106,11 +170,30 @@ class WeightAverage(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        super().__init__(model, use_buffers=True)
+        self._decay = decay
 
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take a step towards the model as it is now."""
-        super().update_parameters(model)
-        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module, buffers: Iterable[Tensor] | None = None) -> None:
+        """Take a step towards the model as it is now.
+
+        The host does not wait for the device, which torch's own function makes it do.
+
+        Args:
+            model: what is averaged.
+            buffers: in the order of the model's, and in their place; None: the model's own.
+        """
+        ours = [*self.module.parameters(), *self.module.buffers()]
+        theirs = [*model.parameters(), *(model.buffers() if buffers is None else buffers)]
+        is_first = int(self.n_averaged) == 0  # it is on the CPU
+        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]
+        averaged = defaultdict(lambda: ([], []))
+        for mine, new in zip(ours, theirs, strict=True):
+            if is_first or not (mine.is_floating_point() or mine.is_complex()):
+                mine.copy_(new)
+            else:
+                averaged[mine.dtype][0].append(mine)
+                averaged[mine.dtype][1].append(new)
+        for mine, new in averaged.values():
+            torch._foreach_lerp_(mine, new, 1 - self._decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as torch's own averages do
+        self.n_averaged += 1

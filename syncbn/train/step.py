@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 
 from syncbn.baselines import Renormalizer
 from syncbn.train.checkpoint import Position
 from syncbn.train.generators import KeptGenerators
+from syncbn.train.optim import take_step
 from syncbn.train.records import Records
 from syncbn.train.sampling import Batch
 from syncbn.train.schema import SYNCHRONISED
@@ -171,13 +171,9 @@ class Stepper:
 
     def _update(self, step: Step) -> None:
         """Change the weights by the gradients."""
-        training, limit = self._training, self._training.config.optim.clip_norm
+        training = self._training
         step.rate = float(training.schedule.get_last_lr()[0])
-        if limit is not None:
-            training.scaler.unscale_(training.optimizer)
-            clip_grad_norm_(training.replica.parameters(), limit)
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
+        take_step(training.optimizer, training.scaler, training.config.optim.clip_norm)
 
     def _renormalize(self, renormalizer: Renormalizer, micro: list[Batch]) -> dict[str, float]:
         """Make the units standard on the samples of the step that was just made."""

@@ -7,7 +7,13 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from syncbn.errors import ConfigError
 from syncbn.train.config import compose_config
-from syncbn.train.optim import WeightAverage, make_optimizer, make_schedule
+from syncbn.train.optim import (
+    WeightAverage,
+    can_skip,
+    make_optimizer,
+    make_schedule,
+    take_step,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,69 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         make_optimizer([torch.zeros(1, requires_grad=True)], config)
 
 
+FUSED = [
+    ["optim=sgd"],
+    ["optim=sgd", "optim.momentum=0"],
+    ["optim=adamw"],
+]
+
+
+def _scaler(precision: str) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=precision == "float16")
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("overrides", FUSED)
+def test_skipped_step_leaves_weights_and_state_as_if_it_had_not_been(
+    overrides: list[str], clip_norm: float | None, precision: str
+) -> None:
+    config = compose_config([*overrides, "optim.lr=0.1", "optim.weight_decay=0.5"]).optim
+    start = torch.randn(5)
+    weights: list[torch.Tensor] = []
+    for skips in ((1, 0, 1, 0, 0), (0, 0, 0)):  # a first step that is skipped is a case of its own
+        weight = start.clone().requires_grad_()
+        optimizer, scaler = make_optimizer([weight], config), _scaler(precision)
+        assert can_skip(optimizer)
+        made = 0
+        for skip in skips:
+            made += not skip
+            weight.grad = torch.full((5,), torch.nan) if skip else start.cos() + made
+            weight.grad = scaler.scale(weight.grad)
+            take_step(optimizer, scaler, clip_norm, skip=torch.tensor(float(skip)))
+        weights.append(weight.detach())
+    assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.parametrize("overrides", FUSED)
+def test_step_that_is_not_skipped_is_the_plain_one(overrides: list[str]) -> None:
+    config = compose_config([*overrides, "optim.lr=0.1"]).optim
+    start = torch.randn(5)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    for weight, skip in ((ours, torch.zeros(())), (theirs, None)):
+        optimizer, scaler = make_optimizer([weight], config), _scaler("float32")
+        for step in range(3):
+            weight.grad = start.cos() + step
+            take_step(optimizer, scaler, None, skip=skip)
+    assert torch.equal(ours, theirs)
+
+
+def test_gradients_that_overflow_in_the_first_step_leave_no_momentum() -> None:
+    config = compose_config(["optim=sgd", "optim.lr=0.1", "optim.weight_decay=0"]).optim
+    weight = torch.ones(3, requires_grad=True)
+    optimizer, scaler = make_optimizer([weight], config), _scaler("float16")
+    for gradient in (torch.inf, 1.0):
+        weight.grad = scaler.scale(torch.full((3,), gradient))
+        take_step(optimizer, scaler, None)
+    (momentum,) = (state["momentum_buffer"] for state in optimizer.state.values())
+    assert torch.equal(momentum, torch.ones(3))
+
+
+def test_optimizers_that_cannot_skip_say_so() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    assert not can_skip(make_optimizer([weight], compose_config(["optim=torch"]).optim))
+
+
 def _rates(overrides: list[str], total_steps: int, steps_per_epoch: int) -> list[float]:
     config = compose_config(["optim.lr=0.5", *overrides])
     optimizer = make_optimizer([torch.zeros(1, requires_grad=True)], config.optim)
@@ -88,6 +157,21 @@ def test_one_cycle_peaks_after_its_rise() -> None:
     assert max(rates) == pytest.approx(0.5)
     assert rates.index(max(rates)) == 9
     assert rates[39] < 1e-3
+
+
+def test_average_can_be_given_the_buffers_of_another_moment() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    now, before = WeightAverage(model, decay=0.75), WeightAverage(model, decay=0.75)
+    for _ in range(3):
+        model(torch.randn(8, 2))
+        kept = [buffer.clone() for buffer in model.buffers()]
+        now.update_parameters(model)
+        model(torch.randn(8, 2))  # moves the buffers, and nothing else
+        before.update_parameters(model, kept)
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+    for name, value in now.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
 
 
 def test_average_follows_weights_and_statistics_and_copies_counts() -> None:
