@@ -15,44 +15,58 @@ class KeptGenerators:
 
     The others are not: to copy NumPy's takes longer than all else that is kept. A model that draws
     from those gets other numbers when a step is repeated.
+
+    Args:
+        device: where this rank computes; a GPU has a generator of its own, whose state the host
+            knows without waiting for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
         """Return torch's generators to what they were."""
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
+            torch.cuda.set_rng_state(self._cuda, self._device)
 
 
-def generator_states() -> dict[str, Any]:
-    """Return what the generators are, in types that a checkpoint may hold."""
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return what the generators are, in types that a checkpoint may hold.
+
+    Args:
+        device: where this rank computes, of which the generator is among them.
+    """
     name, keys, *rest = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "python": random.getstate(),
     }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def restore_generators(states: dict[str, Any]) -> None:
-    """Return the generators to a checkpoint's."""
+def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Return the generators to a checkpoint's; those of which it has none are left alone.
+
+    Args:
+        states: what `generator_states` returned, perhaps for another device.
+        device: where this rank computes.
+    """
     torch.set_rng_state(states["torch"])
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(states["python"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def seed_generators(seed: int, position: Position) -> None:
-    """Seed the generators by the job's seed, the position, and the rank."""
+    """Seed the generators, of a GPU too, by the job's seed, the position, and the rank."""
     entropy = (seed, position.epoch, position.samples, dist.get_rank())
     (value,) = np.random.SeedSequence(entropy).generate_state(1)
     torch.manual_seed(int(value))

@@ -103,7 +103,7 @@ class _Loop:
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.sums = [0.0, 0.0, 0.0]
-        self.records = Records(run, config.checkpoint.keep)
+        self.records = Records(run, config.checkpoint.keep, device)
         self.stepper = Stepper(
             self.training, HostTotals(self.control), self.records, watch, self._judge
         )
@@ -174,7 +174,7 @@ class _Loop:
             self.sums = checkpoint.sums
             if checkpoint.world_size == self.world_size:
                 self.training.restore(checkpoint)
-                restore_generators(checkpoint.generators[self.rank])
+                self._restore_generators(checkpoint.generators[self.rank])
             else:
                 self._restore_elsewhere(checkpoint)
             log.info(
@@ -182,6 +182,20 @@ class _Loop:
             )
         if self.run is not None:
             self.run.forget_after(self.position.step)
+
+    def _restore_generators(self, states: dict[str, Any]) -> None:
+        """Return to a checkpoint's generators, and say where it has none for this device."""
+        device = self.training.device
+        seed_generators(self.config.seed, self.position)  # for those of which it has none
+        restore_generators(states, device)
+        was_on_gpu = "cuda" in states
+        if was_on_gpu != (device.type == "cuda"):
+            log.warning(
+                "the run goes on on %s, and was on %s: random numbers within the model are others, "
+                "and sums round otherwise",
+                device.type,
+                "cuda" if was_on_gpu else "cpu",
+            )
 
     def _restore_elsewhere(self, checkpoint: Checkpoint) -> None:
         """Go on with another number of ranks, at the same share of the run and of its schedule."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from syncbn.errors import TrainingError
@@ -17,10 +18,12 @@ class Records:
     Args:
         run: where rank 0 writes; None on the other ranks.
         keep: how many checkpoints are kept, besides the best.
+        device: where this rank computes, whose random generator belongs to a checkpoint.
     """
 
-    def __init__(self, run: RunDirectory | None, keep: int) -> None:
+    def __init__(self, run: RunDirectory | None, keep: int, device: torch.device) -> None:
         self._run = run
+        self._device = device
         self._writer = None if run is None else CheckpointWriter(run.checkpoints_dir, keep)
         self._failure: str | None = None
 
@@ -50,7 +53,7 @@ class Records:
             is_best: whether it is the best so far.
         """
         states: list[Any] | None = None if self._run is None else [None] * dist.get_world_size()
-        dist.gather_object(generator_states(), states)
+        dist.gather_object(generator_states(self._device), states)
         if self._writer is None or states is None:
             return
         try:

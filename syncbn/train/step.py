@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward, what all ranks say of it, and the update."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -26,28 +27,44 @@ _UNKNOWN = StepTotals(math.nan, math.nan, 0, 0)
 
 
 class Kept:
-    """What a forward pass changes, as it was before: buffers, and torch's generators.
+    """What a step changes before its loss is known, as it was before.
+
+    The buffers, torch's generators, and the scale of a float16 loss.
+    Memory: a copy of all buffers.
 
     Args:
-        model: whose buffers are kept.
+        training: whose state is kept.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = list(model.buffers())
+    def __init__(self, training: Training) -> None:
+        self._scaler = training.scaler
+        self._device = training.device
+        self._buffers = list(training.model.buffers())
         self.buffers = [buffer.clone() for buffer in self._buffers]
-        self._generators = KeptGenerators()
+        # By dtype, as only tensors of one are copied by one call of the device.
+        self._pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]
+        self._pairs = defaultdict(lambda: ([], []))
+        for kept, buffer in zip(self.buffers, self._buffers, strict=True):
+            self._pairs[buffer.dtype][0].append(kept)
+            self._pairs[buffer.dtype][1].append(buffer)
+        self.keep()
 
     def keep(self) -> None:
         """Take what is there now."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self._buffers)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as the optimizers of torch do
-        self._generators = KeptGenerators()
+        for kept, buffers in self._pairs.values():
+            torch._foreach_copy_(kept, buffers)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as the optimizers of torch do
+        self._generators = KeptGenerators(self._device)
+        if self._scaler.is_enabled():
+            scale = self._scaler._scale, self._scaler._growth_tracker  # pyright: ignore[reportPrivateUsage] -- its state_dict would make the host wait for the device
+            self._scale = [None if each is None else each.clone() for each in scale]
 
     def restore(self) -> None:
         """Return to what was kept."""
         for buffer, kept in zip(self._buffers, self.buffers, strict=True):
             buffer.copy_(kept)
         self._generators.restore()
+        if self._scaler.is_enabled():
+            self._scaler._scale, self._scaler._growth_tracker = self._scale  # pyright: ignore[reportPrivateUsage] -- as above
 
 
 @dataclass
@@ -103,7 +120,7 @@ class Stepper:
         self._watch = watch
         self._judge = judge
         self._world_size = dist.get_world_size()
-        self._kept = Kept(training.model)
+        self._kept = Kept(training)
 
     def make(self, micro: list[Batch], samples: int, before: Position, after: Position) -> Step:
         """Make a step of this rank's batches, and return what it came to.
