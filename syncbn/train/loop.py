@@ -28,7 +28,7 @@ from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_l
 from syncbn.train.schema import Shares, TrainConfig
 from syncbn.train.state import Training, prepare
 from syncbn.train.step import Step, Stepper
-from syncbn.train.totals import HostTotals
+from syncbn.train.totals import DeviceTotals, HostTotals
 from syncbn.train.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.watch import Watch
 
@@ -44,7 +44,7 @@ def train(
     """Train the configured model over all ranks of the default process group.
 
     Communicates each step, besides DDP and the layers: one all-reduce of 4 float64, by which all
-    ranks know the loss, and whether to go on.
+    ranks know the loss, and whether to go on; on GPUs mostly one step late, see `step.py`.
 
     Args:
         config: the job, the same on every rank.
@@ -104,9 +104,12 @@ class _Loop:
         self.best: dict[str, float] = {}
         self.sums = [0.0, 0.0, 0.0]
         self.records = Records(run, config.checkpoint.keep, device)
-        self.stepper = Stepper(
-            self.training, HostTotals(self.control), self.records, watch, self._judge
+        totals = (
+            HostTotals(self.control)
+            if device.type == "cpu"
+            else DeviceTotals(device, config.launch.timeout_s)
         )
+        self.stepper = Stepper(self.training, totals, self.records, watch, self._judge)
 
     def _labels(self) -> Tensor | None:
         """Return the labels by which the ranks share the training samples, if they do."""
@@ -244,14 +247,19 @@ class _Loop:
             stop = self._note(step, tracker, progress)
             at_end = samples == len(self.dataset.train)
             every = self.config.checkpoint.every_steps
+            is_due = every is not None and after.step % every == 0 and not at_end
+            if stop or is_due:
+                stop = self._note(self.stepper.finish(), tracker, progress) or stop
             if stop:
                 return stop
-            if every and self.position.step % every == 0 and not at_end:
+            if is_due:
                 self._checkpoint(is_best=False)
-        return 0
+        return self._note(self.stepper.finish(), tracker, progress)
 
-    def _note(self, step: Step, tracker: Tracker, progress: "tqdm[Any]") -> int:
+    def _note(self, step: Step | None, tracker: Tracker, progress: "tqdm[Any]") -> int:
         """Add a step to the epoch's sums, show and write it; return a signal to stop, or 0."""
+        if step is None:  # it is not known yet, or has been noted
+            return 0
         totals, samples = step.totals, step.samples
         loss, accuracy = totals.loss / samples, totals.correct / samples
         self.sums = [

@@ -1,4 +1,13 @@
-"""One optimizer step: forward and backward, what all ranks say of it, and the update."""
+"""One optimizer step: forward and backward, what all ranks say of it, and the update.
+
+On the CPU, a step's loss is known before the weights change. On a GPU, the host may learn it one
+step late: it orders the next forward and backward pass before it looks. Until then, whatever a loss
+that is not finite must not reach is protected in one of three ways:
+
+- weights and the optimizer's state: the device tells the optimizer to skip the step;
+- buffers, generators and the scale of the loss: the step before has a copy of its own;
+- the schedule, the average and what is written: they wait until the loss is known.
+"""
 
 import math
 from collections import defaultdict
@@ -15,12 +24,12 @@ from torch.nn import functional
 from syncbn.baselines import Renormalizer
 from syncbn.train.checkpoint import Position
 from syncbn.train.generators import KeptGenerators
-from syncbn.train.optim import take_step
+from syncbn.train.optim import can_skip, take_step
 from syncbn.train.records import Records
 from syncbn.train.sampling import Batch
 from syncbn.train.schema import SYNCHRONISED
 from syncbn.train.state import Training
-from syncbn.train.totals import Report, Statement, StepTotals, Totals
+from syncbn.train.totals import DeviceTotals, HostTotals, Statement, StepTotals, Totals
 from syncbn.train.watch import Watch
 
 _UNKNOWN = StepTotals(math.nan, math.nan, 0, 0)
@@ -104,6 +113,10 @@ class Stepper:
         watch: hears what this rank does, and of signals.
         judge: called with each step once its totals are known, before anything that follows from
             it; raises where training cannot go on.
+
+    Attributes:
+        is_late: whether the host learns what a step came to during the next one: on a GPU, if the
+            optimizer can skip a step by itself, and nothing is to be done with its weights at once.
     """
 
     def __init__(
@@ -120,10 +133,23 @@ class Stepper:
         self._watch = watch
         self._judge = judge
         self._world_size = dist.get_world_size()
-        self._kept = Kept(training)
+        self._ahead = (
+            totals
+            if isinstance(totals, DeviceTotals)
+            and can_skip(training.optimizer)
+            and training.renormalizer is None
+            else None
+        )
+        self.is_late = self._ahead is not None
+        self._kept = [Kept(training) for _ in range(2 if self.is_late else 1)]
+        self._unknown: Step | None = None
 
-    def make(self, micro: list[Batch], samples: int, before: Position, after: Position) -> Step:
-        """Make a step of this rank's batches, and return what it came to.
+    def make(
+        self, micro: list[Batch], samples: int, before: Position, after: Position
+    ) -> Step | None:
+        """Make a step of this rank's batches; return the one that is known by now, if one is.
+
+        That is this one, or, where `is_late`, the one before it.
 
         Communicates: what DDP and the layers do, and the totals.
 
@@ -133,23 +159,48 @@ class Stepper:
             before: the position of the step.
             after: the position of the next one.
         """
-        training = self._training
-        self._kept.keep()
-        step = Step(before, after, samples, self._kept)
-        statement = self._forward_and_backward(micro, step)
+        kept = self._kept[before.step % len(self._kept)]
+        kept.keep()
+        step = Step(before, after, samples, kept)
+        self._forward_and_backward(micro, step)
         self._watch.at(before.step, "waiting for the other ranks")
-        self._totals.start(statement)
-        self._know(step, self._totals.read())
+        if self._ahead is not None:
+            # The buffers have moved on since, but the weights have not.
+            known = self._conclude(kept.buffers)
+            self._update(step, self._ahead.diverged())
+            self._unknown = step
+            return known
+        self._know(step)
         self._update(step)
-        training.schedule.step()
-        if training.renormalizer is not None:
-            step.extra |= self._renormalize(training.renormalizer, micro)
-        if training.average is not None:
-            training.average.update_parameters(training.model)
+        if self._training.renormalizer is not None:
+            step.extra |= self._renormalize(self._training.renormalizer, micro)
+        self._follow(None)
         return step
 
-    def _forward_and_backward(self, micro: list[Batch], step: Step) -> Statement:
-        """Compute the gradients, and return what this rank has to say of them."""
+    def finish(self) -> Step | None:
+        """Return the latest step, if it is not known yet; the host waits for it.
+
+        To be called before anything but the next step looks at what is trained.
+        """
+        return self._conclude(None)
+
+    def _conclude(self, buffers: list[Tensor] | None) -> Step | None:
+        """Do what the latest step has left to do, given the buffers that followed from it."""
+        step, self._unknown = self._unknown, None
+        if step is not None:
+            self._watch.at(step.before.step, "waiting for the other ranks")
+            self._know(step)
+            self._follow(buffers)
+        return step
+
+    def _follow(self, buffers: list[Tensor] | None) -> None:
+        """Move what follows the weights: the schedule, and the average."""
+        self._training.schedule.step()
+        if self._training.average is not None:
+            self._training.average.update_parameters(self._training.model, buffers)
+
+    def _forward_and_backward(self, micro: list[Batch], step: Step) -> None:
+        """Compute the gradients, and have the ranks add up what they say of them."""
         training, watch = self._training, self._watch
         training.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
@@ -157,7 +208,8 @@ class Stepper:
         penalties: list[Tensor] = []
         watch.at(step.before.step, "in forward and backward")
         for number, (samples, labels) in enumerate(micro):
-            with self._mode_for(samples), self._no_sync_unless(number == len(micro) - 1):
+            is_last = number == len(micro) - 1
+            with self._mode_for(samples), self._no_sync_unless(is_last):
                 inputs = training.inputs(samples)
                 targets = labels.to(training.device, non_blocking=True)
                 with training.autocast(), self._watching():
@@ -169,28 +221,38 @@ class Stepper:
                     reduction="sum",
                     label_smoothing=training.config.optim.label_smoothing,
                 )
+                losses.append(loss.detach())
+                correct.append((logits.detach().argmax(1) == targets).sum())
                 cost = loss * (self._world_size / step.samples)
                 if training.penalty is not None:  # the same on all ranks, and their mean itself
                     penalty = training.penalty.value() / len(micro)
                     penalties.append(penalty.detach())
                     cost = cost + penalty.to(cost.dtype)
+                if is_last and isinstance(self._totals, DeviceTotals):
+                    self._totals.start(self._statement(losses, correct, penalties))
                 training.scaler.scale(cost).backward()
-            losses.append(loss.detach())
-            correct.append((logits.detach().argmax(1) == targets).sum())
-        return Statement(losses, correct, penalties, watch.stop_signal, self._records.failed)
+        if isinstance(self._totals, HostTotals):
+            watch.at(step.before.step, "waiting for the other ranks")
+            self._totals.start(self._statement(losses, correct, penalties))
 
-    def _know(self, step: Step, report: Report) -> None:
-        """Note what the ranks say of a step, and raise where training cannot go on."""
+    def _statement(
+        self, losses: list[Tensor], correct: list[Tensor], penalties: list[Tensor]
+    ) -> Statement:
+        return Statement(losses, correct, penalties, self._watch.stop_signal, self._records.failed)
+
+    def _know(self, step: Step) -> None:
+        """Learn what the ranks say of a step, and raise where training cannot go on."""
+        report = self._totals.read()
         step.totals, step.own_loss = report.totals, report.own_loss
         if self._training.penalty is not None:
             step.extra["penalty"] = report.penalty
         self._judge(step)
 
-    def _update(self, step: Step) -> None:
+    def _update(self, step: Step, skip: Tensor | None = None) -> None:
         """Change the weights by the gradients."""
         training = self._training
         step.rate = float(training.schedule.get_last_lr()[0])
-        take_step(training.optimizer, training.scaler, training.config.optim.clip_norm)
+        take_step(training.optimizer, training.scaler, training.config.optim.clip_norm, skip)
 
     def _renormalize(self, renormalizer: Renormalizer, micro: list[Batch]) -> dict[str, float]:
         """Make the units standard on the samples of the step that was just made."""

@@ -173,8 +173,8 @@ def outcome(run: RunDirectory) -> dict[str, Any]:
     newest = read_checkpoint(checkpoint_files(run.checkpoints_dir)[0])
     return {
         "position": newest.position,
-        "states": _plain(newest.states),
-        "generators": _plain(newest.generators),
+        "states": comparable(newest.states),
+        "generators": comparable(newest.generators),
         "metrics": [_timeless(line) for line in run.read_metrics()],
         "steps": [_timeless(json.loads(line)) for line in run.steps_file.read_text().splitlines()],
         "bundle": (run.bundle_dir / "model.safetensors").read_bytes(),
@@ -192,12 +192,12 @@ def _timeless(line: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in line.items() if key != "images_per_s"}
 
 
-def _plain(value: Any) -> Any:
+def comparable(value: Any) -> Any:
     """Return a state with its tensors as bytes, so that == compares bits."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: comparable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [comparable(item) for item in value]
     return value
