@@ -345,6 +345,7 @@ class LaunchConfig:
     nproc: PositiveInt
     threads: PositiveInt | None
     device: Device
+    ranks_per_gpu: PositiveInt = 1
     max_restarts: NonNegativeInt
     timeout_s: PositiveFloat
     stop_timeout_s: PositiveFloat

@@ -27,11 +27,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from syncbn.errors import ConfigError, DataError, ReplicaError, SyncBNError, TrainingError
 from syncbn.train.config import compose_config, from_yaml, to_yaml
+from syncbn.train.device import choose_device, join_process_group, leave_process_group
 from syncbn.train.loop import train
 from syncbn.train.rendezvous import agree, prefixed
 from syncbn.train.report import summarise
 from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
-from syncbn.train.schema import Device, TrainConfig
+from syncbn.train.schema import TrainConfig
 from syncbn.train.watch import STOP_SIGNALS, Watch
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
             print(f"syncbn-train: {error}", file=sys.stderr)
         return _exit_code(error)
     try:
-        device = _choose_device(config.launch.device)
+        local_rank, nproc = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        device = choose_device(config.launch, local_rank, nproc)
     except ConfigError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
@@ -156,14 +158,15 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
     own = prefixed(f"{prefix}/watch", _connect_again())
     watch = Watch(own, rank, world_size, timeout_s, config.launch.stop_timeout_s)
     watch.start()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        join_process_group(device, config.launch, store, rank, world_size)
+    except TrainingError as error:  # each rank knows its own GPU alone
+        print(f"syncbn-train: {error}", file=sys.stderr)
+        if rank == 0:
+            _record(run, Result("failed", str(error), {}, 0, 1))
+        raise
     watch.heed_signals()
+    failed = False
     try:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
@@ -177,6 +180,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
             _record(run, Result("failed", str(error), {}, 0, code))
         return code
     except Exception as error:
+        failed = True
         others, known = _is_about_others(error), True
         reason = watch.blame() if others else ""
         if reason:
@@ -198,7 +202,7 @@ def _work_locked(prepare: Callable[[], Job]) -> int:
         for loader_worker in multiprocessing.active_children():
             loader_worker.kill()  # it hangs, and ignores what Python would end it by, and wait for
         gc.collect()  # the wrapper may be in a circle, and would keep the group's threads alive
-        dist.destroy_process_group()
+        leave_process_group(failed)
     if rank == 0 and result.status == "finished":
         print(summarise(run.path))
     return result.exit_code
@@ -240,20 +244,6 @@ def _told(prepare: Callable[[], Job]) -> str:
     except SyncBNError as error:
         return json.dumps({"error": str(error)})
     return json.dumps({"config": to_yaml(config), "path": str(run.path)})
-
-
-def _choose_device(device: Device) -> torch.device:
-    local_rank, nproc = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    enough = torch.cuda.is_available() and torch.cuda.device_count() >= nproc
-    if device is Device.cuda and not enough:
-        raise ConfigError(
-            f"launch.device=cuda needs {nproc} GPUs, found {torch.cuda.device_count()}; "
-            "use launch.device=cpu"
-        )
-    if device is Device.cpu or not enough:
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
 
 
 def _log_to(run: RunDirectory | None) -> None:
