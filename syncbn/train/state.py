@@ -281,6 +281,13 @@ def _settle(training: Training, dataset: Dataset) -> None:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ConfigError(f"model: gives {found} where logits of shape {shape} are needed")
         (logits.float().sum() * 0).backward()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"data.batch_size={size} is too much for the memory of {training.device}: "
+            f"{str(error).splitlines()[0]}; choose a smaller one, with more of "
+            f"optim.accumulate={training.config.optim.accumulate} for the same step, or "
+            "numerics.precision=bfloat16"
+        ) from error
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"model: cannot learn from images of shape {dataset.input.shape}: "
