@@ -1,7 +1,8 @@
-"""Where a rank computes: its device, and the process group for it."""
+"""Where a rank computes: its device, its process group, and whether repetitions may differ."""
 
 import faulthandler
 import math
+import os
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributed import (
 from syncbn.errors import ConfigError, TrainingError
 from syncbn.train.schema import Device, LaunchConfig
 
+# What cuBLAS needs to compute the same each time; it reads it when it is first used.
+_WORKSPACE, _DETERMINISTIC_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 # How long leaving NCCL's communicator may take, which waits for what the GPU still does.
 _LEAVE_TIMEOUT_S = 60
 
@@ -111,3 +114,16 @@ def leave_process_group(failed: bool) -> None:
     dist.destroy_process_group()
     if with_nccl:
         faulthandler.cancel_dump_traceback_later()
+
+
+def compute_deterministically() -> None:
+    """Have torch refuse, in this process, operations of which repetitions may differ.
+
+    To be called before a GPU has been computed on.
+    """
+    os.environ.setdefault(_WORKSPACE, _DETERMINISTIC_WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    # Which would fill fresh memory, to find those who read it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue] -- documented
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

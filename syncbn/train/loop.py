@@ -19,6 +19,7 @@ from syncbn.comm.reducer import select_reducer
 from syncbn.errors import ConfigError, SyncBNError, TrainingError
 from syncbn.train.checkpoint import Checkpoint, Position, read_newest
 from syncbn.train.data import load_dataset
+from syncbn.train.device import compute_deterministically
 from syncbn.train.evaluation import evaluate
 from syncbn.train.export import export
 from syncbn.train.generators import restore_generators, seed_generators
@@ -61,6 +62,8 @@ def train(
             rank.
         DataError: a sample cannot be read, on this rank alone.
     """
+    if config.numerics.deterministic:
+        compute_deterministically()
     loop = _Loop(config, run, device, watch)
     try:
         return loop.train()

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -8,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from syncbn.errors import ConfigError, TrainingError
 from syncbn.train import device as module
@@ -18,7 +20,11 @@ from syncbn.train.device import (
     join_process_group,
     leave_process_group,
 )
+from syncbn.train.loop import train
+from syncbn.train.run_directory import open_run_directory
 from syncbn.train.schema import LaunchConfig
+from tests.support.jobs import quiet_watch
+from tests.support.world import run_world
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -171,6 +177,68 @@ def test_failed_rank_does_not_wait_for_nccl(
     assert destroy.called == leaves
     assert faults.dump_traceback_later.called == limited
     assert faults.cancel_dump_traceback_later.called == (limited and leaves)
+
+
+class _Scattering(nn.Module):
+    """A model with an operation that torch has not deterministically."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not x.is_meta:
+            torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        return self.layers(x)
+
+
+def make_scattering(in_channels: int, num_classes: int) -> nn.Module:
+    return _Scattering(in_channels, num_classes)
+
+
+class _TooLarge(_Scattering):
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        return self.layers(x)
+
+
+def make_too_large(in_channels: int, num_classes: int) -> nn.Module:
+    return _TooLarge(in_channels, num_classes)
+
+
+def _train(factory: str, overrides: list[str]) -> tuple[str, str | None]:
+    torch.use_deterministic_algorithms(False)  # what these tests have set themselves
+    custom = ["model=custom", f"model.factory={__name__}:{factory}", "track=none", "max_steps=1"]
+    config = compose_config([*custom, *overrides])
+    text = ""
+    with mock.patch("syncbn.train.loop.export", return_value={}):
+        try:
+            train(config, open_run_directory(config), CPU, quiet_watch())
+        except ConfigError as error:
+            text = str(error)
+    return text, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_operations_of_which_repetitions_may_differ_are_refused_if_asked_for(
+    tmp_path: Path,
+) -> None:
+    plain = [f"run_dir={tmp_path / 'plain'}"]
+    assert run_world(1, _train, "make_scattering", plain)[0] == ("", None)
+    overrides = ["numerics.deterministic=true", f"run_dir={tmp_path / 'deterministic'}"]
+    ((text, workspace),) = run_world(1, _train, "make_scattering", overrides)
+    assert "put_ does not have a deterministic implementation" in text
+    assert workspace == ":4096:8"
+
+
+def test_batch_too_large_for_the_memory_is_explained(tmp_path: Path) -> None:
+    overrides = ["data.batch_size=7", f"run_dir={tmp_path / 'run'}"]
+    ((text, _),) = run_world(1, _train, "make_too_large", overrides)
+    assert text == (
+        "data.batch_size=7 is too much for the memory of cpu: CUDA out of memory. Tried to "
+        "allocate 2 GiB.; choose a smaller one, with more of optim.accumulate=1 for the same "
+        "step, or numerics.precision=bfloat16"
+    )
 
 
 _COUNT = """
