@@ -55,7 +55,9 @@ def export(
             with training.autocast():
                 model(training.inputs(batch[0]))
 
-        layers = recalibrate(model, make_loader(dataset.train, share, 0, False), forward=forward)
+        pinned = training.device.type == "cuda"
+        batches = make_loader(dataset.train, share, 0, pinned)
+        layers = recalibrate(model, batches, forward=forward)
         prefix = "" if training.average is None else "ema_"
         metrics |= {f"{prefix}{key}": value for key, value in evaluate(model).items()}
         log.info(
