@@ -145,7 +145,7 @@ def _select(
             "choose 'auto' or 'process_group'"
         )
     if choice != "process_group" and on_cpu:
-        if _exchanges_on_cpu(group):
+        if exchanges_on_cpu(group):
             return SharedMemoryReducer(group, insist)
         if insist:
             backends = dist.get_backend_config(group)
@@ -156,7 +156,7 @@ def _select(
     return ProcessGroupReducer(group)
 
 
-def _exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
+def exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
     """Return whether a group's ranks are real and can talk to each other about CPU memory."""
     return "cpu:gloo" in dist.get_backend_config(group).split(",")
 
@@ -167,5 +167,6 @@ __all__ = [
     "Reducer",
     "SharedMemoryReducer",
     "SingleReplica",
+    "exchanges_on_cpu",
     "select_reducer",
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncbn.comm.reducer import Reducer, select_reducer
+from syncbn.comm.reducer import Reducer, exchanges_on_cpu, select_reducer
 from syncbn.errors import InputError, ReplicaError
 from syncbn.kernels.choice import select_kernels
 from syncbn.layers.batch_norm import SyncBatchNorm
@@ -36,12 +36,15 @@ def recalibrate(
     means differ. Modes are restored and statistics written only at the end, so that a failure
     leaves the model as it was.
 
-    Communicates: before each batch one all-reduce of 3 float64, so that ranks may have different
-    numbers of them: one that has run out passes x[:0] of its last batch, if some layer is
-    synchronized; what those layers send in training; and at the end one all-reduce of (2C + 1)·W
-    float64 for each layer, in one vector. All ranks get bit-identical statistics. Every rank must
-    call it. Where the model raises on one rank amid its synchronized layers, the others wait for
-    the process group's time-out.
+    Takes models and batches on any device. On a GPU, the host waits for the device only at the end,
+    if the process group has a backend for the CPU too, or there is none.
+
+    Communicates: before each batch one all-reduce of 3 float64, on the CPU if possible, so that
+    ranks may have different numbers of them: one that has run out passes x[:0] of its last batch,
+    if some layer is synchronized; what those layers send in training; and at the end one all-reduce
+    of (2C + 1)·W float64 for each layer, in one vector. All ranks get bit-identical statistics.
+    Every rank must call it. Where the model raises on one rank amid its synchronized layers, the
+    others wait for the process group's time-out.
 
     Error: moments are computed and merged in float64, in the order of batches and ranks.
 
@@ -75,13 +78,14 @@ def recalibrate(
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     reducer = select_reducer(process_group, device)
+    control, control_device = _select_control(process_group, device)
     run = partial(_forward, device) if forward is None else forward
     seen: dict[str, Moments] = {}
     with ExitStack() as stack:
         stack.enter_context(_normalizing_by_batch(model, layers.values()))
         for name, layer in layers.items():
             stack.enter_context(_collecting(name, layer, seen))
-        number = _run(model, batches, run, reducer, device, _synchronizes(model))
+        number = _run(model, batches, run, control, control_device, _synchronizes(model))
     totals = _merged_over_ranks(layers, seen, reducer, device)
     for name, moments in totals.items():
         if moments.count == 1:
@@ -97,6 +101,19 @@ def recalibrate(
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.fill_(number)
     return tuple(totals)
+
+
+def _select_control(
+    process_group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[Reducer, torch.device]:
+    """Return what tells all ranks whether some have no batch any more, and the device for that.
+
+    The CPU if the group can, so that the host does not wait for a GPU with each batch.
+    """
+    group = dist.group.WORLD if process_group is None else process_group
+    if not isinstance(group, dist.ProcessGroup) or exchanges_on_cpu(group):
+        device = torch.device("cpu")
+    return select_reducer(process_group, device), device
 
 
 def _synchronizes(model: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.errors import InputError, ReplicaError
+from syncbn.transforms.recalibrate import (
+    _select_control,  # pyright: ignore[reportPrivateUsage] -- a GPU would be needed to see it
+)
 from tests.support.world import run_world
 
 
@@ -181,3 +185,16 @@ def test_rank_without_any_batch_ends_all() -> None:
     messages = run_world(2, _failing_on_one_rank, "none", deadline_s=20)
     assert messages[0] == messages[1]
     assert messages[0].startswith("1 of 2 ranks have no batch at all")
+
+
+def _selected() -> tuple[str, str]:
+    gpu = torch.device("cuda", 0)
+    with_cpu = _select_control(None, gpu)[1]
+    with mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"):
+        without = _select_control(None, gpu)[1]
+    return with_cpu.type, without.type
+
+
+def test_host_asks_a_gpu_for_more_batches_only_if_it_must() -> None:
+    assert run_world(2, _selected) == [("cpu", "cuda")] * 2
+    assert _select_control(None, torch.device("cuda", 0))[1].type == "cpu"
