@@ -48,6 +48,7 @@ test-service: install  ## the tests of the service alone
 test-long: install  ## the tests that take long: variants, compiled models, a soak, kills
 	$(PYTEST) -m long
 
+# One after the other, because they share a GPU.
 test-gpu: install  ## the tests that need a GPU; each skips without one
 	$(PYTEST) -m cuda tests/gpu tests/syncbn/train
 

@@ -198,3 +198,21 @@ def _selected() -> tuple[str, str]:
 def test_host_asks_a_gpu_for_more_batches_only_if_it_must() -> None:
     assert run_world(2, _selected) == [("cpu", "cuda")] * 2
     assert _select_control(None, torch.device("cuda", 0))[1].type == "cpu"
+
+
+def _on(device: str, counts: tuple[int, ...]) -> dict[str, Tensor]:
+    torch.use_deterministic_algorithms(False)  # cuBLAS would need a variable of the environment
+    model = _model().to(device)
+    batches = _batches(dist.get_rank(), counts[dist.get_rank()])
+    syncbn.recalibrate(model, [batch.to(device) for batch in batches])
+    return {name: buffer.cpu() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("counts", [(3,), (3, 1)], ids=str)
+def test_models_and_batches_on_a_gpu_get_the_statistics_of_the_cpu(counts: tuple[int, ...]) -> None:
+    expected = run_world(len(counts), _on, "cpu", counts)
+    found = run_world(len(counts), _on, "cuda", counts)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
