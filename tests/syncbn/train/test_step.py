@@ -218,6 +218,20 @@ def test_host_reads_a_step_only_when_the_next_one_has_been_ordered(tmp_path: Pat
     assert reads == 0
 
 
+def _wait_a_little() -> tuple[int, Report]:
+    totals = DeviceTotals(CPU, 60)
+    totals.start(Statement([torch.tensor(2.0)], [torch.tensor(1)], [], 0, False))
+    with mock.patch.object(torch.cpu.Event, "query", side_effect=[False, False, True]) as query:
+        report = totals.read()
+    return query.call_count, report
+
+
+def test_host_takes_the_sum_only_when_the_device_says_that_it_is_there() -> None:
+    ((asked, report),) = run_world(1, _wait_a_little)
+    assert asked == 3
+    assert report.totals == (2, 1, 0, 0)
+
+
 def _wait_in_vain() -> str:
     totals = DeviceTotals(CPU, 0.05)
     totals.start(Statement([torch.tensor(1.0)], [torch.tensor(1)], [], 0, False))
