@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn import _native
-from syncbn._native.plain import are_plain, has_memory, listeners
+from syncbn._native.plain import are_plain, has_memory, is_unobserved, listeners
 from syncbn.comm.diagnose import require_agreement
 from syncbn.comm.fingerprint import add_fingerprint, count_of, invalidate, is_valid
 from syncbn.comm.flight_record import record_of, timeout_s_of
@@ -173,9 +173,10 @@ class Exchange:
     def marks(self, direction: str, device: torch.device) -> Marks | None:
         """Return what a device shall leave around an exchange, for its flight record; None if none.
 
+        None where torch records, tries out or transforms what is done: a mark is written in place.
         Does not communicate.
         """
-        if self.reducer.world_size == 1 or torch.compiler.is_compiling():
+        if self.reducer.world_size == 1 or not is_unobserved():
             return None
         record = record_of(device)
         if record is None:

@@ -2,12 +2,21 @@
 
 import logging
 import time
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import syncbn
+from syncbn.comm import exchange
 from syncbn.comm.flight_record import FlightRecord
 from syncbn.errors import ReplicaError
+from tests.support.interpreted import tiles_of
+from tests.support.world import run_world
 
 
 def _record() -> tuple[FlightRecord, torch.Tensor]:
@@ -69,3 +78,36 @@ def test_what_was_long_ago_is_forgotten() -> None:
     for _ in range(5000):
         record.depart(str, 60.0)
     assert len(record._exchanges) == 4096  # pyright: ignore[reportPrivateUsage] -- its memory
+
+
+def _gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(x).pow(3).sum(), x)[0]
+
+
+def _observed_steps(kernels: str, exchanges: int) -> None:
+    slot = torch.zeros(1, dtype=torch.int64)
+    layer, x = syncbn.SyncBatchNorm(3, track_running_stats=False), torch.randn(4, 3, 2)
+    with (
+        mock.patch.dict("os.environ", SYNCBN_KERNELS=kernels),
+        mock.patch.object(exchange, "record_of", return_value=FlightRecord(slot)),
+        tiles_of(64),
+    ):
+        expected = _gradient(layer, x)
+        assert slot == 2 * exchanges + 1
+        recorded = make_fx(partial(_gradient, layer))(x)
+        torch.testing.assert_close(recorded(x), expected)
+        with FakeTensorMode():
+            gradient = _gradient(syncbn.SyncBatchNorm(3), torch.randn(4, 3))
+        assert isinstance(gradient, FakeTensor)
+        assert slot == 2 * exchanges + 1
+        gradient = torch.func.grad(lambda x: layer(x).pow(3).sum())(x)
+        torch.testing.assert_close(gradient, expected)
+
+
+# The forward is an exchange with marks only where ranks gather.
+@pytest.mark.parametrize(("kernels", "exchanges"), [("reference", 1), ("triton", 2)])
+def test_steps_that_torch_records_or_transforms_work_without_marks(
+    kernels: str, exchanges: int
+) -> None:
+    run_world(2, _observed_steps, kernels, exchanges)
