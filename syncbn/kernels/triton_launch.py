@@ -81,10 +81,9 @@ def moments(x: Tensor, shift: Tensor | None, stamp: bool, mark: Mark | None = No
             **plan.tile,
             num_warps=plan.warps,
         )
-        if plan.parts == 1 and not stamp:
-            return parts
-        rows = parts.view(plan.parts, 2 * c + 1)
-        return merge(rows, shift, stamp=stamp, mark=mark)
+    if plan.parts == 1 and not stamp:
+        return parts
+    return merge(parts.view(plan.parts, 2 * c + 1), shift, stamp=stamp, mark=mark)
 
 
 def merge(
@@ -101,12 +100,13 @@ def merge(
     c = (stride - 1) // 2
     packed = _vector(batches, 2 * c + 1 + stamp)
     tile = _merged_tile(number)
-    _launchable(triton_source.merge, batches)[(triton.cdiv(c, tile["CHANNELS"]),)](
-        batches, number, stride, c, batches if shift is None else shift, packed,
-        *_marked(mark, batches),
-        STAMP=stamp, STAMPED=0 if shift is None else STAMPED, MARK=mark is not None,
-        CHECK=check, MOVE=move, **tile,
-    )  # fmt: skip
+    with _on(batches):
+        _launchable(triton_source.merge, batches)[(triton.cdiv(c, tile["CHANNELS"]),)](
+            batches, number, stride, c, batches if shift is None else shift, packed,
+            *_marked(mark, batches),
+            STAMP=stamp, STAMPED=0 if shift is None else STAMPED, MARK=mark is not None,
+            CHECK=check, MOVE=move, **tile,
+        )  # fmt: skip
     return packed
 
 

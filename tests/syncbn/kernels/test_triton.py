@@ -1,5 +1,8 @@
 """The kernels in Triton, interpreted: on two ranks, far from 0, and on images of odd sizes."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.kernels.protocol import Normalization
 from syncbn.kernels.reference import ReferenceKernels
-from tests.support.interpreted import tiles_of
+from tests.support.interpreted import launch, tiles_of
 from tests.support.world import run_world
 
 ROWS = {"even": (3, 3), "uneven": (1, 5), "empty": (0, 4)}
@@ -95,3 +98,33 @@ def test_images_that_no_vector_divides_are_normalized(
     torch.testing.assert_close(y, expected, rtol=0, atol=atol)
     expected = reference.backward_input(dy, x, norm, sums)
     torch.testing.assert_close(dx, expected, rtol=0, atol=atol)
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors() -> None:
+    devices: list[torch.device] = []
+    launched: list[str] = []
+
+    @contextmanager
+    def on(x: Tensor) -> Generator[None]:
+        devices.append(x.device)
+        yield
+        devices.pop()
+
+    def launchable(kernel: Any, x: Tensor) -> Any:
+        launched.append(kernel.__name__)
+        assert devices == [x.device], kernel.__name__
+        return kernel
+
+    x, vector, shift = torch.randn(4, 3, 20), torch.ones(3), torch.zeros(3).double()
+    with (
+        mock.patch.object(launch, "_on", on),
+        mock.patch.object(launch, "_launchable", launchable),
+        tiles_of(16) as kernels,
+    ):
+        moments = kernels.merge(kernels.row(x, shift).expand(2, -1).contiguous(), shift)
+        kernels.local_moments(x)
+        norm = kernels.normalization(moments, vector, vector, True, 1e-5)
+        kernels.normalize(x, norm)
+        kernels.gradients(x, x, norm, None, None, lambda sums: sums)
+        kernels.update_running(moments, vector.clone(), vector.clone(), torch.tensor(0), 0.1)
+    assert len(set(launched)) == 9
