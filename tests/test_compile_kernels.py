@@ -18,6 +18,20 @@ SPOILED = {
     "not compiled": ("_TILE = 2**21", "does not compile: "),
 }
 
+# Prints the code of a single launch. It needs no GPU, but a process in which Triton compiles.
+RUNNING = """
+import torch
+from scripts.dev.compile_kernels import launches_on
+from syncbn.kernels.triton import TritonKernels
+from syncbn.moments import Moments
+
+with torch.device("meta"), launches_on("sm_90") as launches:
+    tracked = torch.zeros((), dtype=torch.int64)
+    moments = Moments(torch.empty(7, dtype=torch.float64))
+    TritonKernels().update_running(moments, torch.empty(3), torch.empty(3), tracked, None)
+print(launches[0].kernel.asm["ptx"])
+"""
+
 
 def _compile(
     *options: str, cache: Path, spoil: str = "pass", interpret: str = "0"
@@ -74,3 +88,10 @@ def test_what_cannot_be_compiled_is_refused(tmp_path: Path) -> None:
     result = _compile("--target", "sm_90", "--kernel", "softmax", cache=tmp_path)
     assert result.returncode == 1
     assert "the layer launches no kernel named 'softmax'" in result.stdout
+
+
+def test_all_threads_have_loaded_the_number_tracked_before_one_stores_it() -> None:
+    result = run([sys.executable, "-c", RUNNING], REPOSITORY)
+    assert result.returncode == 0, result.stdout
+    before_the_store = result.stdout[: result.stdout.index("st.global")]
+    assert "bar.sync" in before_the_store[before_the_store.rindex("ld.global") :]

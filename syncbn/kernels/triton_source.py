@@ -293,6 +293,7 @@ def update_running(
     count = tl.load(packed)
     seen = count > 0
     number = tl.load(tracked) + seen.to(tl.int64)
+    tl.debug_barrier()  # one thread stores what all of them load
     tl.store(tracked, number)
     share = _double(momentum, momentum_rest)
     if AVERAGE:
