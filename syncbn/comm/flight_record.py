@@ -110,7 +110,8 @@ def record_of(device: torch.device) -> FlightRecord | None:
         return None
     record = _records.get(device)
     if record is None:
-        slot = torch.zeros(1, dtype=torch.int64, device="cpu").pin_memory()
+        with torch.inference_mode(False):  # or no mark could be written in place outside of it
+            slot = torch.zeros(1, dtype=torch.int64, device="cpu").pin_memory()
         record = _records.setdefault(device, FlightRecord(slot))
     return record
 

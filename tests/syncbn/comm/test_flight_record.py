@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import syncbn
-from syncbn.comm import exchange
-from syncbn.comm.flight_record import FlightRecord
+from syncbn.comm import exchange, flight_record
+from syncbn.comm.flight_record import FlightRecord, record_of
 from syncbn.errors import ReplicaError
 from tests.support.interpreted import tiles_of
 from tests.support.world import run_world
@@ -60,6 +60,21 @@ def test_a_device_that_has_nothing_to_wait_for_is_not_reported(
         mark.leave(slot.device)
     time.sleep(0.3)
     assert not caplog.records
+
+
+def test_record_made_in_inference_mode_is_written_in_training() -> None:
+    device = torch.device("cuda", 0)
+    with (
+        mock.patch.dict(flight_record._records),  # pyright: ignore[reportPrivateUsage] -- of a GPU that is not here
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+        mock.patch.object(Tensor, "pin_memory", Tensor.clone),
+        torch.inference_mode(),
+    ):
+        record = record_of(device)
+    assert record is not None
+    marks = record.depart(str, 60.0)
+    marks.before.leave(torch.device("cpu"))
+    assert marks.before.slot == 2
 
 
 def test_a_group_that_is_gone_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
