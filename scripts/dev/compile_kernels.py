@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from scripts.dev.compiled import Usage, accesses, usage
 from syncbn.kernels import triton as product
 from syncbn.kernels import triton_launch as launch
-from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.protocol import Masking, Normalization
 from syncbn.mark import Mark, Marks
 
 
@@ -173,6 +173,8 @@ def run_layer(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     kernels.normalize(x, norm, residual)
     kernels.normalize(x, Normalization(norm.statistics, weight, bias))
     kernels.gradients(dy, x, norm, _vector(c), _vector(c), lambda sums: sums, marks)
+    masking = Masking(residual, torch.empty_like(x))
+    kernels.gradients(dy, x, Normalization(*norm[:3]), None, None, None, masking=masking)
     tracked = _vector(1, torch.int64)[0]
     for momentum in (0.1, None):
         kernels.update_running(moments, _vector(c), _vector(c), tracked, momentum)
@@ -214,9 +216,9 @@ def _row(
         return Row(kernel, *kind, target, tile, fault=f"does not compile: {launch.error}")
     needs = usage(launch.kernel)
     narrowest = _narrowest(launch, large)
-    # What a kernel finds side by side: all values if it computes each by itself.
+    # What a kernel finds side by side: all values if it computes each by itself, without sums.
     together = shape[1] if layout == "channels_last" else torch.Size(shape[2:]).numel()
-    if layout == "contiguous" and any(key.endswith("store") for key in narrowest):
+    if layout == "contiguous" and "GROUP" not in arguments:
         together = size
     fault = _fault(large, needs, narrowest, math.gcd(WIDE_BYTES, together * dtype.itemsize))
     return Row(kernel, *kind, target, tile, *needs, narrowest, fault)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncbn import _native
 from syncbn._native.plain import are_plain, is_unobserved
-from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.mark import Marks
 from syncbn.moments import Moments
@@ -141,8 +141,10 @@ class PlainKernels(NativeKernels):
         dbias: Tensor | None,
         add_up: Callable[[Tensor], Tensor] | None,
         marks: Marks | None = None,
+        masking: Masking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Kernels`; on the CPU, nobody looks for marks."""
+        assert masking is None  # as they do not mask
         dy, sums = laid_out_as(x, dy), _vector(2 * x.shape[1])
         layout, by = _layout(x), _pointers(norm)
         _library().syncbn_backward_reduce(

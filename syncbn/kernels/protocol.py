@@ -47,6 +47,18 @@ class Normalization(NamedTuple):
         return self.statistics[(self.statistics.shape[0] + 1) // 2 :]
 
 
+class Masking(NamedTuple):
+    """By what a ReLU's gradient is masked in the same pass, after a residual was added.
+
+    Attributes:
+        output: of the ReLU; the gradient is 0 if it is not more than 0.
+        masked: receives the gradient so masked, in its dtype; laid out as the input.
+    """
+
+    output: Tensor
+    masked: Tensor
+
+
 class Kernels(Protocol):
     """What a set of kernels computes on one replica; x and dy are (N, C, *), floating point.
 
@@ -55,9 +67,11 @@ class Kernels(Protocol):
 
     Attributes:
         parameter_dtypes: of parameters whose gradients `gradients` can write.
+        masks: whether `gradients` can be given a masking.
     """
 
     parameter_dtypes: tuple[torch.dtype, ...] = ()
+    masks: bool = False
 
     def can_compute(self, x: Tensor, *others: Tensor | None) -> bool:
         """Return whether they compute with these tensors themselves, and not by the reference."""
@@ -134,6 +148,7 @@ class Kernels(Protocol):
         dbias: Tensor | None,
         add_up: Callable[[Tensor], Tensor] | None,
         marks: Marks | None = None,
+        masking: Masking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Do `backward_reduce`, add up over replicas, and do `backward_input`, if there is add_up.
 
@@ -145,11 +160,13 @@ class Kernels(Protocol):
             dbias: receives Σdy, as well.
             add_up: returns the sum of all replicas' vectors; None if dx is not wanted.
             marks: left once this replica's sums are there, and once those of all are.
+            masking: of dy; None for none.
 
         Returns:
             This replica's Σdy and Σdy·x̂, which add_up may have overwritten, and dx.
         """
         assert dweight is None is dbias  # as there are no dtypes of theirs
+        assert masking is None  # as they do not mask
         sums = self.backward_reduce(dy, x, norm)
         if add_up is None:
             return sums, None

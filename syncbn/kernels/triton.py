@@ -9,7 +9,7 @@ from syncbn._native.plain import are_plain, has_memory, is_unobserved
 from syncbn.kernels import triton_launch as launch
 from syncbn.kernels import triton_ops as ops
 from syncbn.kernels.native import is_channels_last
-from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.mark import Mark, Marks
 from syncbn.moments import Moments
@@ -36,6 +36,7 @@ class TritonKernels(Kernels):
         if launch.INTERPRETED
         else (torch.float32, torch.bfloat16, torch.float16)
     )
+    masks = True
 
     def can_compute(self, x: Tensor, *others: Tensor | None) -> bool:
         """Return whether they compute with these tensors themselves, and not by the reference."""
@@ -116,13 +117,18 @@ class TritonKernels(Kernels):
         dbias: Tensor | None,
         add_up: Callable[[Tensor], Tensor] | None,
         marks: Marks | None = None,
+        masking: Masking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Kernels`."""
         before, after = (None, None) if marks is None else marks
-        direct = can_take(x, dy, *norm[:3]) and is_unobserved()
+        direct = can_take(x, dy, *norm[:3], *(masking or ())) and is_unobserved()
         if direct:
-            sums = launch.backward_reduce(dy, x, norm, dweight, dbias, before)
+            sums = launch.backward_reduce(dy, x, norm, dweight, dbias, before, masking)
+            dy = dy if masking is None else masking.masked
         else:
+            if masking is not None:
+                mask = torch.ops.aten.threshold_backward.grad_input
+                dy = mask(dy, masking.output, 0, grad_input=masking.masked)
             sums = self.backward_reduce(dy, x, norm)
             for gradient, half in zip((dbias, dweight), sums.chunk(2), strict=True):
                 if gradient is not None:

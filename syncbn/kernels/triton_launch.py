@@ -14,7 +14,7 @@ from torch.library import wrap_triton
 from syncbn._native.plain import is_unobserved
 from syncbn.kernels import triton_source
 from syncbn.kernels.native import laid_out_as
-from syncbn.kernels.protocol import Normalization
+from syncbn.kernels.protocol import Masking, Normalization
 from syncbn.mark import Mark
 from syncbn.moments import STAMPED
 
@@ -154,16 +154,19 @@ def backward_reduce(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
     mark: Mark | None = None,
+    masking: Masking | None = None,
 ) -> Tensor:
-    """Return Σdy and Σdy·x̂; write them, rounded, for the parameters too."""
+    """Return Σdy and Σdy·x̂; write them, rounded, for the parameters too, and dy, masked."""
     plan, c = _plan(x), x.shape[1]
     parts, sums = _vector(x, plan.parts * 2 * c), _vector(x, 2 * c)
     vectors, tile = _vectors(norm), _merged_tile(plan.parts)
+    output, masked = (x, x) if masking is None else masking
     with _on(x):
         _launchable(triton_source.backward_reduce, x)[(plan.blocks, plan.parts)](
-            laid_out_as(x, dy), x, *vectors, parts, *plan.extent, *plan.tiles,
-            RELU=norm.relu, GROUP=_group(plan, x), **_which(norm), **plan.tile,
-            num_warps=plan.warps,
+            laid_out_as(x, dy), x, laid_out_as(x, output), masked, *vectors, parts,
+            *plan.extent, *plan.tiles,
+            RELU=norm.relu, MASK=masking is not None, GROUP=_group(plan, x), **_which(norm),
+            **plan.tile, num_warps=plan.warps,
         )  # fmt: skip
         _launchable(triton_source.backward_sums, x)[(triton.cdiv(c, tile["CHANNELS"]),)](
             parts, plan.parts, vectors[0], c, sums,

@@ -436,12 +436,15 @@ def normalize(
 
 @triton.jit(do_not_specialize=["tiles", "tiles_per_part"])
 def backward_reduce(
-    dy, x, norm, weight, bias, parts, rows, c, s, tiles, tiles_per_part,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr,
+    dy, x, output, masked, norm, weight, bias, parts, rows, c, s, tiles, tiles_per_part,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     ALIGN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write Σdy and Σdy·(x − head) of each part, 2c values."""
+    """Write Σdy and Σdy·(x − head) of each part, 2c values.
+
+    With MASK, dy counts as 0 if the output is not more than 0, and is written so too.
+    """
     block, part = tl.program_id(0), tl.program_id(1)
     if CHANNELS_LAST:
         channel = block * COLS + tl.arange(0, COLS)
@@ -465,6 +468,10 @@ def backward_reduce(
             )
             exists = exists & (tile < last)
             gradient = tl.load(dy + offsets, exists, 0.0).to(tl.float32)
+            if MASK:
+                kept = tl.load(output + offsets, exists, 0.0)
+                gradient = tl.where(kept <= 0, 0.0, gradient)
+                tl.store(masked + offsets, gradient.to(masked.dtype.element_ty), exists)
             deviation = tl.load(x + offsets, exists, 0.0).to(tl.float32) - head
             if RELU:
                 y = tl.fma(

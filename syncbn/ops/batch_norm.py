@@ -16,7 +16,7 @@ from syncbn.comm.reducer import select_reducer
 from syncbn.errors import InputError
 from syncbn.kernels.choice import select_kernels, select_merging
 from syncbn.kernels.native import PLAIN, NativeKernels, can_read
-from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.moments import Moments, from_summable, to_summable
 from syncbn.ops.all_reduce import all_reduce
@@ -321,10 +321,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """
     x, weight, bias, y, statistics = ctx.saved_tensors
     needs, exchange = ctx.needs_input_grad, ctx.exchange
-    if y is not None:
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
-    norm = Normalization(statistics, weight, bias, ctx.relu)
     kernels: Kernels = ctx.kernels
+    masking = None
+    if y is not None:
+        if kernels.masks and is_unobserved() and has_memory(dy) and not torch.is_grad_enabled():
+            masking = Masking(y, torch.empty_like(x))
+        else:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+    norm = Normalization(statistics, weight, bias, ctx.relu)
     add_up: Callable[[Tensor], Tensor] = exchange.sum
     if kernels is PLAIN and not (is_unobserved() and can_read(x, dy, weight, bias)):
         kernels = NativeKernels()  # they look for themselves
@@ -341,7 +345,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         spent = bool(needs[1]) == (dweight is not None) and bool(needs[2]) == (dbias is not None)
         add_up = partial(exchange.sum, overwrite=spent)
     marks = exchange.marks("backward", x.device) if needs[0] else None
-    sums, dx = kernels.gradients(dy, x, norm, dweight, dbias, add_up if needs[0] else None, marks)
+    add_up_dx = add_up if needs[0] else None
+    sums, dx = kernels.gradients(dy, x, norm, dweight, dbias, add_up_dx, marks, masking)
+    if masking is not None:
+        dy = masking.masked
     if needs[1] and dweight is None:
         assert weight is not None  # as its gradient is needed
         dweight = sums.chunk(2)[1].to(weight.dtype)

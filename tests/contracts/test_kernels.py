@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.native import NativeKernels
-from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.mark import Mark, Marks
 from syncbn.moments import Moments
@@ -343,6 +343,30 @@ def test_gradients_are_those_of_the_steps(kernels: Kernels, dtype: torch.dtype) 
         assert torch.equal(dbias, expected[:3].to(dtype))
         assert torch.equal(dweight, expected[3:].to(dtype))
     assert kernels.gradients(dy, x, norm, dweight, dbias, None)[1] is None
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_masked_by_an_output(
+    kernels: Kernels, dtype: torch.dtype, channels_last: bool
+) -> None:
+    if not kernels.masks:
+        pytest.skip("masked by an operation of its own")
+    x, dy, output = (_random((4, 3, 5, 2), dtype, seed) for seed in range(3))
+    output[0, 0, 0] = torch.tensor([0.0, torch.nan])  # NaN is not less than anything
+    if channels_last:
+        x, output = (t.contiguous(memory_format=torch.channels_last) for t in (x, output))
+    expected = torch.ops.aten.threshold_backward(dy, output, 0)
+    norm = _norm(x)
+    by_hand = kernels.gradients(expected, x, norm, None, None, lambda sums: sums)
+    masked = torch.full_like(x, torch.nan)
+    masking = Masking(output, masked)
+    results = kernels.gradients(dy, x, norm, None, None, lambda sums: sums, None, masking)
+    assert torch.equal(masked, expected)
+    for result, other in zip(results, by_hand, strict=True):
+        assert result is not None
+        assert other is not None
+        assert torch.equal(result, other)
 
 
 def test_marks_are_left_before_and_after_an_exchange(kernels: Kernels) -> None:
