@@ -58,7 +58,7 @@ def _reduced_tile(
         count = tl.minimum(rows - top, ROWS)
     else:
         s = s // ALIGN * ALIGN
-        across = (s + COLS - 1) // COLS
+        across = (s - 1) // COLS + 1  # s + COLS may be beyond 2^31
         top = (tile // across) * tl.full((), ROWS, tl.int64)
         left = (tile % across) * COLS
         row = top + tl.arange(0, ROWS)

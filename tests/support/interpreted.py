@@ -8,13 +8,14 @@ from triton import knobs
 
 
 @contextmanager
-def _interpreting() -> Generator[None]:
+def interpreting() -> Generator[None]:
+    """Interpret what is decorated or launched within."""
     with knobs.runtime.scope():
         knobs.runtime.interpret = True
         yield
 
 
-with _interpreting():
+with interpreting():
     from syncbn.kernels import triton as kernels
     from syncbn.kernels import triton_launch as launch
 
@@ -22,5 +23,5 @@ with _interpreting():
 @contextmanager
 def tiles_of(values: int) -> Generator[kernels.TritonKernels]:
     """Use tiles of so many values, so that small tensors have several, and several parts."""
-    with mock.patch.object(launch, "_TILE", values), _interpreting():
+    with mock.patch.object(launch, "_TILE", values), interpreting():
         yield kernels.TritonKernels()

@@ -8,12 +8,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 import syncbn
 from syncbn.kernels.protocol import Normalization
 from syncbn.kernels.reference import ReferenceKernels
-from tests.support.interpreted import launch, tiles_of
+from tests.support.interpreted import interpreting, launch, tiles_of
 from tests.support.world import run_world
 
 ROWS = {"even": (3, 3), "uneven": (1, 5), "empty": (0, 4)}
@@ -128,3 +130,21 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors() -> None:
         kernels.gradients(x, x, norm, None, None, lambda sums: sums)
         kernels.update_running(moments, vector.clone(), vector.clone(), torch.tensor(0), 0.1)
     assert len(set(launched)) == 9
+
+
+with interpreting():
+    reduced_tile: Any = launch.triton_source._reduced_tile  # pyright: ignore[reportPrivateUsage] -- the largest sizes cannot be tried out
+
+    @triton.jit
+    def _write_offsets(tile: Any, s: Any, result: Any, COLS: tl.constexpr) -> None:  # noqa: N803 -- as in the source
+        """Write where a tile of one row finds its values in an image, -1 where none exists."""
+        offsets, exists, _ = reduced_tile(tile, 0, 1, 1, s, False, 1, COLS, 1)
+        tl.store(result + tl.arange(0, COLS)[None, :], tl.where(exists, offsets, -1))
+
+
+def test_image_of_almost_2_31_positions_has_its_last_tile_at_its_end() -> None:
+    result = torch.zeros(64, dtype=torch.int64)
+    kernel: Any = _write_offsets
+    with interpreting():
+        kernel[(1,)](2**25 - 1, 2**31 - 1, result, COLS=64)
+    assert result.tolist() == [*range(2**31 - 64, 2**31 - 1), -1]
