@@ -28,6 +28,8 @@ _VECTORS = 4
 _GROUP, _NARROW_GROUP = 4, 1
 # Programs of a reduction per multiprocessor, and in all: enough loads on their way, few parts.
 _PROGRAMS, _MOST_PROGRAMS = 4, 640
+# Programs of a grid along its second axis, which are those along the channels if channels last.
+_MOST_BLOCKS = 65535
 # Channels of a program that computes with vectors of one value per channel.
 _BLOCK = 128
 # Values of a tile of several batches by several channels, and batches of one at most.
@@ -241,7 +243,8 @@ def _plan_of(
         grid = tiles, 1
     else:
         rows, width = (n * s, c) if channels_last else (n, s)
-        cols = min(triton.next_power_of_2(width), 64 if channels_last else 512, tile)
+        widest = max(64, triton.next_power_of_2(triton.cdiv(c, _MOST_BLOCKS)))
+        cols = min(triton.next_power_of_2(width), widest if channels_last else 512, tile)
         height = tile // cols
         blocks = triton.cdiv(c, cols) if channels_last else c
         tiles = triton.cdiv(rows, height) * (1 if channels_last else triton.cdiv(s, cols))

@@ -148,3 +148,12 @@ def test_image_of_almost_2_31_positions_has_its_last_tile_at_its_end() -> None:
     with interpreting():
         kernel[(1,)](2**25 - 1, 2**31 - 1, result, COLS=64)
     assert result.tolist() == [*range(2**31 - 64, 2**31 - 1), -1]
+
+
+def test_grid_holds_any_number_of_channels() -> None:
+    # A grid has up to 65535 programs along its second axis.
+    for c in (64 * 65535, 64 * 65535 + 1, 2**24 + 1):
+        plan = launch._plan(torch.empty(2, c, device="meta"), elementwise=True)  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+        assert plan.grid[1] <= 65535
+        assert plan.grid[1] * plan.tile["COLS"] >= c
+        assert plan.grid[0] * plan.tile["ROWS"] >= 2
