@@ -27,7 +27,8 @@ class TritonKernels(Kernels):
     the environment, Triton interprets the kernels, slowly, on the CPU.
 
     Error: σ² to about 1e-8 of itself, however far the mean lies from 0, as long as (x − mean)² fits
-    float32; a tensor with larger deviations has an infinite variance.
+    float32; the variance of a tensor with larger deviations is infinite or NaN. So is a sum over
+    infinite gradients.
     """
 
     # The interpreter cuts bfloat16 off instead of rounding.

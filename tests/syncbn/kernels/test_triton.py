@@ -76,6 +76,16 @@ def test_variance_far_from_0_keeps_its_digits(
     assert torch.equal(again.packed, moments.packed)
 
 
+@pytest.mark.parametrize("samples", [1, 9])
+def test_variance_whose_squares_overflow_is_no_number(samples: int) -> None:
+    torch.manual_seed(0)
+    x = 1e25 * torch.randn(samples, 1, 64)
+    with tiles_of(64) as kernels:
+        moments = kernels.local_moments(x)
+    torch.testing.assert_close(moments.mean, x.double().mean((0, 2)), rtol=1e-6, atol=1e18)
+    assert not moments.m2.isfinite()
+
+
 # Vectors that begin in one channel and end in the next: of 8 values, 4 and 2, over the end of the
 # tensor's channels too, and with 1 the least image that has vectors.
 @pytest.mark.parametrize("shape", [(4, 4, 7, 7), (2, 6, 14, 7), (4, 8, 5, 1), (3, 8, 3, 1)])
