@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels.protocol import Kernels, Normalization
+from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.mark import Mark, Marks
 from syncbn.moments import Moments
 from tests.contracts.test_kernels import *  # noqa: F403 -- the suite, with the kernels of this file
@@ -25,6 +25,7 @@ class _OnGpu(Kernels):
 
         self._kernels = TritonKernels()
         self.parameter_dtypes = self._kernels.parameter_dtypes
+        self.masks = self._kernels.masks
 
     def local_moments(self, x: Tensor) -> Moments:
         return Moments(self._kernels.local_moments(_there(x)).packed.cpu())
@@ -71,6 +72,7 @@ class _OnGpu(Kernels):
         dbias: Tensor | None,
         add_up: Callable[[Tensor], Tensor] | None,
         marks: Marks | None = None,
+        masking: Masking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         pinned = None if marks is None else _reachable(marks.before.slot)
 
@@ -86,6 +88,9 @@ class _OnGpu(Kernels):
             before, after = marks
             there = Marks(Mark(pinned, before.number), Mark(pinned, after.number))
         moved = _there(dweight), _there(dbias)
+        mask = None
+        if masking is not None:
+            mask = Masking(_there(masking.output), _there(masking.masked))
         sums, dx = self._kernels.gradients(
             _there(dy),
             _there(x),
@@ -93,8 +98,11 @@ class _OnGpu(Kernels):
             *moved,
             None if add_up is None else add_up_there,
             there,
+            mask,
         )
         sums = sums.cpu()
+        if masking is not None and mask is not None:
+            masking.masked.copy_(mask.masked)
         _wait()
         if marks is not None and pinned is not None:
             marks.after.slot.copy_(pinned)
