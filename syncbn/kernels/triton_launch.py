@@ -121,7 +121,7 @@ def normalization(
     norm = Normalization(statistics, weight, bias, relu, coefficients)
     with _on(packed):
         _launchable(triton_source.statistics, packed)[(triton.cdiv(c, _BLOCK),)](
-            packed, *_vectors(norm)[1:], c, statistics, coefficients, *_halves(eps),
+            packed, *_vectors(norm)[1:], c, statistics, coefficients, *_parts(eps),
             BLOCK=_BLOCK, **_which(norm),
         )  # fmt: skip
     return norm
@@ -131,7 +131,7 @@ def update_running(packed: Tensor, buffers: tuple[Tensor, ...], momentum: float 
     """Move running mean, variance and number of batches towards these moments."""
     with _on(packed):
         _launchable(triton_source.update_running, packed)[(1,)](
-            packed, packed.shape[0] // 2, *buffers, *_halves(momentum or 0.0),
+            packed, packed.shape[0] // 2, *buffers, *_parts(momentum or 0.0),
             AVERAGE=momentum is None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
 
@@ -298,10 +298,12 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=torch.float32 if cut else x.dtype)
 
 
-def _halves(value: float) -> tuple[float, float]:
-    """Return two numbers of float32 whose sum is a float64 to 2⁻⁴⁸ of itself."""
+def _parts(value: float) -> tuple[float, float, float]:
+    """Return three numbers of float32, whose (first + second)·third² is a float64 to 2⁻⁴⁸."""
+    scale = 1.0 if value == 0 or abs(value) > 1e-20 else 2.0**-100
+    value /= scale * scale
     head = float(numpy.float32(value))
-    return head, float(numpy.float32(value - head))
+    return head, float(numpy.float32(value - head)), scale
 
 
 def _marked(mark: Mark | None, instead: Tensor) -> tuple[Tensor, int]:

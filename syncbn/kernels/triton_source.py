@@ -231,9 +231,10 @@ def merge(
 
 
 @triton.jit
-def _double(value, rest):
-    """Return the float64 that is the sum of two float32."""
-    return tl.full((), 0.0, tl.float64) + value + tl.full((), 0.0, tl.float64) + rest
+def _double(first, second, third):
+    """Return the float64 that is (first + second)·third², given float32."""
+    zero = tl.full((), 0.0, tl.float64)
+    return ((zero + first) + (zero + second)) * (zero + third) * (zero + third)
 
 
 @triton.jit
@@ -255,14 +256,13 @@ def _affine(mean, invstd, weight, bias, channel, exists, WEIGHT: tl.constexpr, B
 
 @triton.jit
 def statistics(
-    packed, weight, bias, c, result, vectors, eps, eps_rest,
+    packed, weight, bias, c, result, vectors, eps, eps_rest, eps_scale,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write what normalizes, given moments, and what `normalize` needs of each channel.
 
     The former is 2c + 1 values: count, means, 1/√(M2/count + eps); for the latter, see
-    `coefficients`. eps is given as two float32 whose sum it is, because arguments have no more than
-    float32.
+    `coefficients`. eps is given as three float32, because arguments have no more: see `_double`.
     """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = channel < c
@@ -270,7 +270,7 @@ def statistics(
     mean = tl.load(packed + 1 + channel, exists, 0.0)
     m2 = tl.load(packed + 1 + c + channel, exists, 0.0)
     variance = m2 / tl.where(count > 1, count, 1.0)
-    invstd = 1.0 / tl.sqrt(variance + _double(eps, eps_rest))
+    invstd = 1.0 / tl.sqrt(variance + _double(eps, eps_rest, eps_scale))
     if tl.program_id(0) == 0:
         tl.store(result, count)
     tl.store(result + 1 + channel, mean, exists)
@@ -283,7 +283,7 @@ def statistics(
 
 @triton.jit
 def update_running(
-    packed, c, running_mean, running_var, tracked, momentum, momentum_rest,
+    packed, c, running_mean, running_var, tracked, momentum, momentum_rest, momentum_scale,
     AVERAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move running statistics towards moments; one program, as all need the number tracked.
@@ -295,7 +295,7 @@ def update_running(
     number = tl.load(tracked) + seen.to(tl.int64)
     tl.debug_barrier()  # one thread stores what all of them load
     tl.store(tracked, number)
-    share = _double(momentum, momentum_rest)
+    share = _double(momentum, momentum_rest, momentum_scale)
     if AVERAGE:
         share = 1.0 / tl.maximum(number, 1).to(tl.float64)
     for start in range(0, c, BLOCK):

@@ -318,10 +318,10 @@ def test_empty_ranks_leave_the_shift_alone(kernels: Kernels) -> None:
     assert torch.equal(shift, before)
 
 
-def test_statistics_are_count_means_and_inverse_deviations(kernels: Kernels) -> None:
+@pytest.mark.parametrize("eps", [1e-5 / 3, 1e-44, 1e-76])
+def test_statistics_are_count_means_and_inverse_deviations(kernels: Kernels, eps: float) -> None:
     for count in (0.0, 1.0, 7.0):
         moments = _batch(count)
-        eps = 1e-5 / 3
         statistics = kernels.normalization(moments, None, None, False, eps).statistics
         invstd = torch.rsqrt(moments.m2 / max(count, 1) + eps)
         assert torch.equal(statistics[:6], moments.packed[:6])
