@@ -70,16 +70,20 @@ def select_merging(device: torch.device) -> Kernels:
 
 
 def _for_gpu(x: Tensor, *others: Tensor | None) -> Kernels:
+    """Return those in Triton whatever x is like: what is of channels alone, they compute always.
+
+    So that a rank with an input that they do not take has the same bits there as the others.
+    """
     kernels = _triton(insist=False)
-    if kernels is _REFERENCE or kernels.can_compute(x, *others):
+    if kernels is _REFERENCE or x.numel() == 0 or torch.compiler.is_compiling():
         return kernels
-    if x.numel() > 0 and not torch.compiler.is_compiling():
+    if not kernels.can_compute(x, *others):
         _say_once(
             f"an input of {x.dtype} with strides {x.stride()} is normalized by PyTorch operations, "
             "which are slower; the Triton kernels take contiguous and channels_last tensors of "
             "float32, bfloat16 and float16"
         )
-    return _REFERENCE
+    return kernels
 
 
 def _triton(insist: bool) -> Kernels:

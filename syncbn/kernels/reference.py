@@ -25,6 +25,10 @@ class ReferenceKernels(Kernels):
     because rounding it to float32 alone costs |mean|/σ · 2⁻²⁴ of every normalized value.
     """
 
+    def can_compute(self, x: Tensor, *others: Tensor | None) -> bool:
+        """Return False: they are the reference."""
+        return False
+
     def local_moments(self, x: Tensor) -> Moments:
         """Return count, mean and M2 of each channel of x, shape (N, C, *), in two passes.
 

@@ -74,6 +74,23 @@ def test_a_layer_made_anew_on_one_rank_goes_along() -> None:
     run_world(2, _reloaded_on_one_rank)
 
 
+def _of_other_dtypes() -> None:
+    layer = syncbn.SyncBatchNorm(CHANNELS)
+    x = _batch(3)
+    with mock.patch.dict("os.environ", SYNCBN_KERNELS="triton"), tiles_of(64):
+        # The kernels take neither of these, and on the other rank they take all.
+        for mine in (x.double(), x[:0], x.transpose(0, 2).contiguous().transpose(0, 2)):
+            layer(mine if dist.get_rank() else x)
+    for buffer in layer.buffers():
+        everyone = [torch.empty_like(buffer) for _ in range(2)]
+        dist.all_gather(everyone, buffer)
+        assert torch.equal(*everyone)
+
+
+def test_running_statistics_are_bit_identical_whatever_ranks_compute_with() -> None:
+    run_world(2, _of_other_dtypes)
+
+
 def _refused_on_one_rank() -> str:
     net = _Net()
     with mock.patch.dict("os.environ", SYNCBN_KERNELS="triton"), tiles_of(64):
