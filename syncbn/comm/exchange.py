@@ -72,7 +72,8 @@ class Memory:
     def shift_for(self, channels: int, device: torch.device) -> Tensor:
         """Return the shift for a batch of so many channels on a device."""
         if self.shift.shape[0] != channels or self.shift.device != device:
-            self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
+            with torch.inference_mode(False):  # or it could not be moved outside of it
+                self.shift = torch.zeros(channels, dtype=torch.float64, device=device)
         return self.shift
 
 
@@ -105,7 +106,12 @@ class Exchange:
         return self.reducer.world_size
 
     def sum(
-        self, vector: Tensor, direction: str = "backward", *, overwrite: bool = False
+        self,
+        vector: Tensor,
+        direction: str = "backward",
+        *,
+        overwrite: bool = False,
+        marked: bool = False,
     ) -> Tensor:
         """Return the sum of all replicas' vectors, bit-identical on all of them.
 
@@ -115,6 +121,7 @@ class Exchange:
             vector: this replica's.
             direction: forward or backward, for errors.
             overwrite: whether the sum may take the vector's place.
+            marked: whether the caller leaves the marks of `marks` around it, or does without.
 
         Raises:
             ReplicaError: the replicas did not make the same call, or one is gone.
@@ -124,7 +131,7 @@ class Exchange:
         # Without memory in `is_grads_batched`, which calls an operator for each member.
         if _recording() or not has_memory(vector):
             return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
-        return self._sum(vector, direction, overwrite)
+        return self._sum(vector, direction, overwrite, marked)
 
     def gathers(self, device: torch.device) -> bool:
         """Return whether replicas gather their moments, by `gather`, or sum them, by `sum_about`.
@@ -240,14 +247,14 @@ class Exchange:
         return checkpointed.once(call, exchange, ahead)
 
     def _sum_about(
-        self, pack: Pack, shift: Tensor | None, tag: Tensor | None
+        self, pack: Pack, shift: Tensor | None, tag: Tensor | None, marked: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sum, and what it was made about: the shift, or None for 0."""
         vector, agreed = pack(shift), shift if tag is None else tag
         if agreed is not None:
             reducer = self.reducer
             vector = add_fingerprint(vector, agreed, reducer.rank, reducer.world_size)
-        total = self._sum(vector, "forward")
+        total = self._sum(vector, "forward", marked=marked)
         if total.device.type != "cpu":
             return invalidate(total), shift
         if is_valid(count_of(total)):
@@ -317,15 +324,21 @@ class Exchange:
         """Return the exchange of an ensemble, whose channels stand beside each other."""
         return Exchange(self.reducer, None, members * self.channels, self.dtype)
 
-    def _sum(self, vector: Tensor, direction: str, overwrite: bool = False) -> Tensor:
-        return self._exchange(
-            direction,
-            lambda: (
-                torch.ops.syncbn.sum(vector, _group_name(self.reducer))
-                if type(vector) is not Tensor and _is_stand_in(vector)
-                else self.reducer.sum(vector, overwrite)
-            ),
-        )
+    def _sum(
+        self, vector: Tensor, direction: str, overwrite: bool = False, marked: bool = False
+    ) -> Tensor:
+        def add_up() -> Tensor:
+            if type(vector) is not Tensor and _is_stand_in(vector):
+                return torch.ops.syncbn.sum(vector, _group_name(self.reducer))
+            return self.reducer.sum(vector, overwrite)
+
+        marks = None if marked else self.marks(direction, vector.device)
+        if marks is None:
+            return self._exchange(direction, add_up)
+        marks.before.leave(vector.device)
+        total = self._exchange(direction, add_up)
+        marks.after.leave(vector.device)
+        return total
 
     def _gather(self, row: Tensor) -> Tensor:
         return self._exchange("forward", lambda: self.reducer.gather(row))
@@ -457,7 +470,7 @@ def _group_name(reducer: Reducer) -> str:
 
 
 # What torch.compile puts into its graphs, if it may not look into the communication. The calls have
-# no layer's name there.
+# no layer's name there, and leave no marks, which would cost more than the call.
 @torch.library.custom_op("syncbn::sum_about", mutates_args=())
 def _sum_about(
     vector: Tensor, about_zero: Tensor | None, shift: Tensor | None, group_name: str
@@ -470,7 +483,7 @@ def _sum_about(
         chosen = vector if about is not None or about_zero is None else about_zero
         return chosen.clone()
 
-    total, about = exchange._sum_about(pack, shift, None)  # pyright: ignore[reportPrivateUsage] -- the same module
+    total, about = exchange._sum_about(pack, shift, None, marked=True)  # pyright: ignore[reportPrivateUsage] -- the same module
     if total.device.type == "cpu" and total[0] == 1:
         raise _single_value()
     if about is None:
@@ -502,7 +515,7 @@ def _(row: Tensor, group_name: str) -> Tensor:
 @torch.library.custom_op("syncbn::sum", mutates_args=())
 def _sum(vector: Tensor, group_name: str) -> Tensor:
     exchange = _compiled_exchange(vector.device, len(vector) // 2, group_name)
-    return exchange._sum(vector, "backward")  # pyright: ignore[reportPrivateUsage] -- as above
+    return exchange._sum(vector, "backward", marked=True)  # pyright: ignore[reportPrivateUsage] -- as above
 
 
 @_sum.register_fake

@@ -275,7 +275,7 @@ class _CompiledBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         norm = Normalization(statistics, weight, bias, relu, coefficients)
         y = kernels.normalize(x, norm, residual)
-        if torch.compiler.is_compiling() and isinstance(kernels, ReferenceKernels):
+        if torch.compiler.is_compiling() and not kernels.can_compute(x, weight, bias, residual):
             # torch 2.11 compiles a gradient of 0 for an output of in-place operations or of a cast
             # to the dtype that it has; the compiler fuses the copy away.
             y = y.clone(memory_format=torch.preserve_format)
@@ -329,12 +329,13 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         else:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
     norm = Normalization(statistics, weight, bias, ctx.relu)
-    add_up: Callable[[Tensor], Tensor] = exchange.sum
+    marks = exchange.marks("backward", x.device) if needs[0] else None
+    add_up: Callable[[Tensor], Tensor] = partial(exchange.sum, marked=marks is not None)
     if kernels is PLAIN and not (is_unobserved() and can_read(x, dy, weight, bias)):
         kernels = NativeKernels()  # they look for themselves
     if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or not has_memory(dy)):
         norm = as_function_of(x, norm, exchange)
-        kernels, add_up = ReferenceKernels(), partial(all_reduce, exchange=exchange)
+        kernels, add_up, marks = ReferenceKernels(), partial(all_reduce, exchange=exchange), None
     dweight = dbias = None
     if kernels.parameter_dtypes and not torch.compiler.is_compiling():
         if needs[1] and weight.dtype in kernels.parameter_dtypes:
@@ -343,8 +344,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dbias = torch.empty(x.shape[1], dtype=ctx.bias_dtype, device=x.device)
         # Nobody reads this replica's sums any more then.
         spent = bool(needs[1]) == (dweight is not None) and bool(needs[2]) == (dbias is not None)
-        add_up = partial(exchange.sum, overwrite=spent)
-    marks = exchange.marks("backward", x.device) if needs[0] else None
+        add_up = partial(add_up, overwrite=spent)
     add_up_dx = add_up if needs[0] else None
     sums, dx = kernels.gradients(dy, x, norm, dweight, dbias, add_up_dx, marks, masking)
     if masking is not None:
