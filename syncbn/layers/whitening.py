@@ -56,7 +56,9 @@ class SyncWhitening(Synchronized):
     is what so many iterations reach: along an eigenvalue λ far below tr Σ·(4/9)^T, the output's
     variance is λ/tr Σ·(9/4)^T instead of 1. The gradient is exactly that of what is computed, and
     can be differentiated in turn. Evaluation computes in float32, or the input's dtype if that is
-    wider: some 2⁻²⁴·√κ·(1 + |μ|/σ). Memory: one float64 copy of the input is kept for backward.
+    wider: some 2⁻²⁴·√κ·(1 + |μ|/σ). On a GPU, its one product is made in float32 too, unless TF32
+    was asked for by `torch.set_float32_matmul_precision`; training, in float64, knows no TF32.
+    Memory: one float64 copy of the input is kept for backward.
 
     Args:
         num_features: C, the channels of inputs (N, C, *).
