@@ -1,6 +1,7 @@
 """Summing a small vector over ranks, and the choice of who does it.
 
-Every reducer passes `tests/contracts/test_reducers.py`.
+Every reducer passes `tests/contracts/test_reducers.py`, but for the one that takes GPUs: it has
+`tests/syncbn/comm/test_symmetric_memory.py`.
 """
 
 import os
@@ -16,6 +17,7 @@ from torch import Tensor
 from syncbn.comm import fork
 from syncbn.comm.process_group import ProcessGroupReducer
 from syncbn.comm.shared_memory import SharedMemoryReducer
+from syncbn.comm.symmetric_memory import SymmetricMemoryReducer
 from syncbn.environment import REDUCER, variable
 from syncbn.errors import InputError
 
@@ -81,7 +83,7 @@ class SingleReplica:
 
 _SINGLE = SingleReplica()
 
-CHOICES = ("auto", "shared_memory", "process_group")
+CHOICES = ("auto", "shared_memory", "process_group", "symmetric_memory")
 
 # What was selected for a group, by (choice, whether the vectors are on the CPU). No reducer keeps
 # its group alive, so that a group's entry goes away with it.
@@ -106,11 +108,14 @@ def select_reducer(
             not initialized.
         device: of the vectors to sum; None means the CPU.
         choice: `shared_memory` insists on it, and fails if it is impossible; `process_group` does
-            without; `auto` is the rule. None takes the environment variable SYNCBN_REDUCER, or
-            `auto`. All ranks must choose the same.
+            without; `symmetric_memory` takes the memory of GPUs that reach each other's, which has
+            never run on several GPUs and is no part of `auto`, and fails if it is impossible;
+            `auto` is the rule. None takes the environment variable SYNCBN_REDUCER, or `auto`. All
+            ranks must choose the same.
 
     Raises:
-        InputError: the choice is none of these, or shared memory for a device or group without.
+        InputError: the choice is none of these, or shared or symmetric memory for a device or
+            group without.
         ReplicaError: this process was forked from a member of the group, and is none itself.
     """
     group = dist.group.WORLD if process_group is None else process_group
@@ -138,6 +143,8 @@ def _select(
         raise InputError(
             f"the reducer, or {REDUCER}, is {choice!r}; set it to {' or '.join(CHOICES)}"
         )
+    if choice == "symmetric_memory":
+        return _symmetric(group, device)
     insist = choice == "shared_memory"
     if insist and not on_cpu:
         raise InputError(
@@ -156,6 +163,21 @@ def _select(
     return ProcessGroupReducer(group)
 
 
+def _symmetric(group: dist.ProcessGroup, device: torch.device | None) -> SymmetricMemoryReducer:
+    if device is None or device.type != "cuda":
+        raise InputError(
+            f"symmetric memory was chosen, and the vectors are on {device or 'cpu'}; it is for "
+            "GPUs alone, choose 'auto' or 'process_group'"
+        )
+    backends = dist.get_backend_config(group)
+    if not {"cuda:nccl", "cuda:gloo"} & set(backends.split(",")):
+        raise InputError(
+            f"symmetric memory was chosen, and the group's backends are {backends}; it takes nccl "
+            "or gloo for GPUs, choose 'auto' or 'process_group'"
+        )
+    return SymmetricMemoryReducer(group)
+
+
 def exchanges_on_cpu(group: dist.ProcessGroup) -> bool:
     """Return whether a group's ranks are real and can talk to each other about CPU memory."""
     return "cpu:gloo" in dist.get_backend_config(group).split(",")
@@ -167,6 +189,7 @@ __all__ = [
     "Reducer",
     "SharedMemoryReducer",
     "SingleReplica",
+    "SymmetricMemoryReducer",
     "exchanges_on_cpu",
     "select_reducer",
 ]

@@ -79,8 +79,8 @@ class SharedMemoryReducer(GroupMember):
         """Find out which way to sum, and remember and return it."""
         group = self.group
         timeout = _timeout(group)
-        host = _host() if _native.library is not None else 0
-        places = all_gather([host, os.getpid(), int(self.insist), secrets.randbits(62)], group)
+        here = host() if _native.library is not None else 0
+        places = all_gather([here, os.getpid(), int(self.insist), secrets.randbits(62)], group)
         hosts, pids, insist, keys = zip(*places, strict=True)
         if len(set(insist)) > 1:
             raise InputError(
@@ -92,7 +92,7 @@ class SharedMemoryReducer(GroupMember):
         channel = None
         with ExitStack() as until_mapped:
             if possible:
-                peers = [number for number, other in enumerate(hosts) if other == host]
+                peers = [number for number, other in enumerate(hosts) if other == here]
                 members = [Member(number, pids[number]) for number in peers]
                 channel = Channel.open(members, self.rank, group, timeout, until_mapped)
             mapped = all_gather([int(channel is not None)], group)
@@ -159,7 +159,7 @@ def _connection(
     return dist.ProcessGroupGloo(own, place, len(leaders), timeout)
 
 
-def _host() -> int:
+def host() -> int:
     """Return a number that ranks have in common if they can share memory; 0 if there is none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()

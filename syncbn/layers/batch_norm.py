@@ -58,8 +58,8 @@ class SyncBatchNorm(Synchronized, nn.modules.batchnorm._BatchNorm):  # pyright: 
         relu: whether to return max(y, 0) in y's place, in the same pass over memory; see
             `sync_batch_norm`. Saves the tensor that a ReLU after the layer would keep.
         reducer: who sums over the replicas, the same on all of them: `shared_memory`,
-            `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
-            `auto`. See `syncbn.comm.reducer.select_reducer`.
+            `process_group`, `symmetric_memory` or `auto`; None means the environment variable
+            SYNCBN_REDUCER, or `auto`. See `syncbn.comm.reducer.select_reducer`.
 
     Raises:
         InputError: the reducer is none of these. In `forward`, see `sync_batch_norm`; also where

@@ -74,8 +74,8 @@ def sync_batch_norm(
         residual: added before the ReLU; of x's shape, dtype and device.
         relu: whether to return max(y, 0) in y's place.
         reducer: who sums over the replicas, the same on all of them: `shared_memory`,
-            `process_group` or `auto`; None means the environment variable SYNCBN_REDUCER, or
-            `auto`. See `syncbn.comm.reducer.select_reducer`.
+            `process_group`, `symmetric_memory` or `auto`; None means the environment variable
+            SYNCBN_REDUCER, or `auto`. See `syncbn.comm.reducer.select_reducer`.
 
     Returns:
         y, and the moments of the whole batch, which carry no gradient.

@@ -198,7 +198,7 @@ def test_different_choices_are_an_error_on_all_ranks() -> None:
 def _pretend_hosts(choice: str, hosts: list[int]) -> tuple[str, list[Tensor]]:
     from syncbn.comm import shared_memory
 
-    shared_memory._host = lambda: hosts[dist.get_rank()]  # pyright: ignore[reportPrivateUsage] -- one machine plays several
+    shared_memory.host = lambda: hosts[dist.get_rank()]  # one machine plays several
     reducer = _reducer(choice)
     sums = [reducer.sum(_share(dist.get_rank(), size)) for size in SIZES]
     assert isinstance(reducer, SharedMemoryReducer)
@@ -250,7 +250,7 @@ def _selected_elsewhere() -> str:
     meta = torch.device("meta")
     for value, device, message in (
         ("shared_memory", meta, "it is for the CPU alone"),
-        ("sockets", None, "is 'sockets'; set it to auto or shared_memory or process_group"),
+        ("sockets", None, "is 'sockets'; set it to auto or shared_memory or process_group or symm"),
     ):
         variable = mock.patch.dict(os.environ, SYNCBN_REDUCER=value)
         with variable, pytest.raises(InputError, match=message):

@@ -26,7 +26,7 @@ def _gloo_threads() -> int:
 
 def _pretend(hosts: list[int]) -> None:
     host = hosts[dist.get_rank()]
-    shared_memory._host = lambda: host  # pyright: ignore[reportPrivateUsage] -- one machine plays several
+    shared_memory.host = lambda: host  # one machine plays several
 
 
 def _loss(group: dist.ProcessGroup | None) -> torch.Tensor:
