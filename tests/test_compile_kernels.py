@@ -72,6 +72,34 @@ def test_every_kernel_compiles_for_every_target(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.parametrize(
+    ("target", "release", "acquire"),
+    [
+        ("sm_80", "atom.global.sys.release.exch.b64", "ld.global.sys.acquire.b64"),
+        ("sm_100", "atom.global.sys.release.exch.b64", "ld.global.sys.acquire.b64"),
+        ("gfx942", "buffer_wbl2 sc0 sc1", "buffer_inv sc0 sc1"),
+    ],
+)
+def test_exchange_through_peers_memory_is_ordered_for_the_whole_system(
+    target: str, release: str, acquire: str, tmp_path: Path
+) -> None:
+    program = (
+        "import torch\n"
+        "from scripts.dev.compile_kernels import launches_on, run_layer\n"
+        f"with launches_on({target!r}, 'swap') as launches:\n"
+        "    run_layer((2, 8, 4, 4), torch.float32, 'contiguous')\n"
+        "kernel = launches[0].kernel\n"
+        "print('warps', kernel.metadata.num_warps)\n"
+        "print(kernel.asm.get('ptx') or kernel.asm['amdgcn'])"
+    )
+    environment = {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    result = run([sys.executable, "-c", program], REPOSITORY, timeout_s=300, **environment)
+    assert result.stdout.startswith("warps 1\n"), result.stdout
+    # Of the message before the flag, and of the flag before the peer's message.
+    assert result.stdout.count(release) == result.stdout.count(acquire) == 1
+    assert result.stdout.index(release) < result.stdout.index(acquire)
+
+
 @pytest.mark.parametrize(("spoil", "fault"), SPOILED.values(), ids=SPOILED.keys())
 def test_bad_kernel_is_named(spoil: str, fault: str, tmp_path: Path) -> None:
     options = ["--target", "sm_90", "--kernel", "local_moments", "--dtype", "bfloat16"]

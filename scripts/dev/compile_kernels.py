@@ -32,6 +32,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from scripts.dev.compiled import Usage, accesses, usage
+from syncbn.comm import symmetric_memory
 from syncbn.kernels import triton as product
 from syncbn.kernels import triton_launch as launch
 from syncbn.kernels.protocol import Masking, Normalization
@@ -154,7 +155,7 @@ def launches_on(name: str, only: str | None = None) -> Generator[list[Launch]]:
 
 
 def run_layer(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    """Call all kernels as a layer does, with and without what is optional."""
+    """Call all kernels as a layer does, with and without what is optional, and those of comm."""
     kernels, c = product.TritonKernels(), shape[1]
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
@@ -178,6 +179,9 @@ def run_layer(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     tracked = _vector(1, torch.int64)[0]
     for momentum in (0.1, None):
         kernels.update_running(moments, _vector(c), _vector(c), tracked, momentum)
+    memory, addresses, calls = (_vector(size, torch.int64) for size in (1, 8, 8))
+    mailboxes = symmetric_memory.Mailboxes(memory, addresses, calls, 0, 2**13, 10**9)
+    symmetric_memory.add_up(mailboxes.gather(_vector(2 * c + 2, torch.float64)))
 
 
 def _vector(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
