@@ -36,8 +36,6 @@ def kernels(request: pytest.FixtureRequest) -> Generator[Kernels]:
     elif request.param <= 2:
         with limited(request.param):
             yield NativeKernels()
-    elif request.node.callspec.params.get("shape") == (11, 37, 5, 7):
-        pytest.skip("the interpreter takes seconds for each of so many channels")
     else:
         from tests.support.interpreted import tiles_of  # interprets in all of the process
 

@@ -25,6 +25,7 @@ def interpreting() -> Generator[None]:
 
 
 with interpreting():
+    from scripts.bench.gpu.interpreted import interpreting_quickly
     from syncbn.comm import symmetric_memory
     from syncbn.comm import (
         symmetric_source as symmetric_source,
@@ -36,7 +37,7 @@ with interpreting():
 @contextmanager
 def tiles_of(values: int) -> Generator[kernels.TritonKernels]:
     """Use tiles of so many values, so that small tensors have several, and several parts."""
-    with mock.patch.object(launch, "_TILE", values), interpreting():
+    with mock.patch.object(launch, "_TILE", values), interpreting(), interpreting_quickly():
         yield kernels.TritonKernels()
 
 
@@ -76,5 +77,6 @@ def mailboxes_in(directory: Path) -> Generator[None]:
         mock.patch.object(symmetric_memory, "rendezvous", rendezvous),
         mock.patch.multiple(symmetric_memory, _LEAST=512, _BLOCK=128),  # to take less time
         interpreting(),
+        interpreting_quickly(),
     ):
         yield
