@@ -257,7 +257,7 @@ def _try_out(mailboxes: Mailboxes) -> None:
     """Raise if messages do not arrive, or not as they were sent; each place is used twice."""
     trial = mailboxes._replace(polls=min(mailboxes.polls, _polls(_TRIAL_S)))
     ramp = torch.arange(mailboxes.capacity, dtype=torch.float64, device=mailboxes.memory.device)
-    ranks = torch.arange(mailboxes.addresses.numel(), device=ramp.device).unsqueeze(1)
+    ranks = torch.arange(len(mailboxes.addresses), dtype=torch.int64, device=ramp.device)[:, None]
     for call in range(1, 5):
         rows = trial.gather(ramp + call * (1 + mailboxes.rank))
         if not torch.equal(rows, ramp + call * (1 + ranks)):
