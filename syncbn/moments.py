@@ -133,12 +133,24 @@ def stamp_of(shift: Tensor) -> Tensor:
     Returns:
         Shape (1,), float64.
     """
-    # An odd factor for each channel, and the leading half of a word upon the other; the multiplier,
-    # 2⁶⁴ divided by the golden ratio, spreads a change into the leading bits.
-    words = shift.detach()[:STAMPED].contiguous().view(torch.int64)
-    odd = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=shift.device)
-    mixed = ((words ^ (words >> 32)) * odd).sum(0, keepdim=True) * -7046029254386353131
-    return ((mixed >> 12) & (2**52 - 1)).double()
+    mixed = mixed_bits(shift.detach()[:STAMPED].contiguous())
+    return ((mixed >> 12) & (2**52 - 1)).double().reshape(1)
+
+
+def mixed_bits(vector: Tensor) -> Tensor:
+    """Return a hash of a vector's bits, 0-d, int64, whose leading bits depend on all of them.
+
+    Any changed bit changes its word, and the sum of words modulo 2⁶⁴; an odd factor for each
+    channel, and the leading half of a word upon the other, so that neither the order of channels
+    nor an even number of signs goes unnoticed. The multiplier, 2⁶⁴ divided by the golden ratio,
+    spreads the change into the leading bits.
+
+    Args:
+        vector: shape (C,), float64, contiguous.
+    """
+    words = vector.view(torch.int64)
+    odd = torch.arange(1, 2 * len(words), 2, dtype=torch.int64, device=vector.device)
+    return ((words ^ (words >> 32)) * odd).sum() * -7046029254386353131
 
 
 def to_row(moments: Moments, shift: Tensor | None = None) -> Tensor:
@@ -182,8 +194,13 @@ def from_rows(rows: Tensor, shift: Tensor | None = None) -> Moments:
     squares = (m2 + counts * (means - mean).square()).masked_fill(empty, 0)
     count, mean = (torch.where(alike, result, torch.nan) for result in (count, mean))
     if shift is not None:
-        shift.copy_(torch.where((count > 0) & mean.isfinite(), mean, shift))
+        move_shift(shift, count, mean)
     return Moments.of(count, mean, squares.sum(0))
+
+
+def move_shift(shift: Tensor, count: Tensor, mean: Tensor) -> None:
+    """Set a shift to the means of a batch, in place, where they are finite and it has samples."""
+    shift.copy_(torch.where((count > 0) & mean.isfinite(), mean, shift))
 
 
 def statistics_of(moments: Moments, eps: float) -> Tensor:

@@ -24,7 +24,7 @@ from syncbn.comm.reducer import Reducer, select_reducer
 from syncbn.environment import DEBUG, KERNELS, variable
 from syncbn.errors import InputError, ReplicaError
 from syncbn.mark import Mark, Marks
-from syncbn.moments import Moments
+from syncbn.moments import Moments, move_shift
 
 _mode_of: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public tells
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore[reportPrivateUsage] -- as above
@@ -421,7 +421,7 @@ def _set_to_mean(shift: Tensor, total: Tensor, about: Tensor | None) -> None:
     mean = total[1 : 1 + shift.shape[0]] / total[0].clamp(min=1)
     if about is not None:
         mean = mean + about
-    shift.copy_(torch.where((total[0] > 0) & mean.isfinite(), mean, shift))
+    move_shift(shift, total[0], mean)
 
 
 def _debug_timeout_s() -> float | None:

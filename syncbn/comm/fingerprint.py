@@ -7,6 +7,7 @@ from torch import Tensor
 
 from syncbn import _native
 from syncbn._native.plain import are_plain
+from syncbn.moments import mixed_bits
 
 # Totals fit in 40 of float64's 53 bits of whole numbers; the other 13 tell whether shifts agree.
 COUNT_LIMIT = 2**40
@@ -39,14 +40,8 @@ def add_fingerprint(vector: Tensor, shift: Tensor, rank: int, world_size: int) -
         count = vector.data_ptr()
         library.syncbn_add_fingerprint(shift.data_ptr(), shift.numel(), rank, world_size, count)
         return vector
-    # Any changed bit changes its word, and the sum of words modulo 2⁶⁴; an odd factor for each
-    # channel, and the leading half of a word upon the other, so that neither the order of channels
-    # nor an even number of signs goes unnoticed. The multiplier, 2⁶⁴ divided by the golden ratio,
-    # spreads the change into the leading bits, which are the ones kept.
-    words = shift.view(torch.int64)
-    odd = torch.arange(1, 2 * len(shift), 2, dtype=torch.int64, device=shift.device)
-    mixed = ((words ^ (words >> 32)) * odd).sum() * -7046029254386353131
-    fingerprint = (mixed >> (64 - bits)) & ((1 << bits) - 1)
+    # Of the mixed bits, the leading ones depend on all others.
+    fingerprint = (mixed_bits(shift) >> (64 - bits)) & ((1 << bits) - 1)
     vector[0] += (world_size - 1 if rank == 0 else -1) * COUNT_LIMIT * fingerprint
     return vector
 
