@@ -66,8 +66,8 @@ class Kernels(Protocol):
     computed in at least float32. Kernels never communicate.
 
     Attributes:
-        parameter_dtypes: of parameters whose gradients `gradients` can write.
-        masks: whether `gradients` can be given a masking.
+        parameter_dtypes: of parameters whose gradients `gradients` writes without another pass.
+        masks: whether `gradients` masks without another pass.
     """
 
     parameter_dtypes: tuple[torch.dtype, ...] = ()
@@ -165,9 +165,13 @@ class Kernels(Protocol):
         Returns:
             This replica's Σdy and Σdy·x̂, which add_up may have overwritten, and dx.
         """
-        assert dweight is None is dbias  # as there are no dtypes of theirs
-        assert masking is None  # as they do not mask
+        if masking is not None:
+            mask = torch.ops.aten.threshold_backward.grad_input
+            dy = mask(dy, masking.output, 0, grad_input=masking.masked)
         sums = self.backward_reduce(dy, x, norm)
+        for gradient, half in zip((dbias, dweight), sums.chunk(2), strict=True):
+            if gradient is not None:
+                gradient.copy_(half)
         if add_up is None:
             return sums, None
         if marks is not None:

@@ -12,7 +12,7 @@ from syncbn.kernels.native import is_channels_last
 from syncbn.kernels.protocol import Kernels, Masking, Normalization
 from syncbn.kernels.reference import ReferenceKernels
 from syncbn.mark import Mark, Marks
-from syncbn.moments import Moments
+from syncbn.moments import Moments, move_shift
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -68,8 +68,7 @@ class TritonKernels(Kernels):
             return Moments(launch.merge(rows, shift, check=True, move=move, mark=mark))
         moments = Moments(ops.merge(rows))
         if shift is not None:
-            mean = moments.mean
-            shift.copy_(torch.where((moments.count > 0) & mean.isfinite(), mean, shift))
+            move_shift(shift, moments.count, moments.mean)
         return moments
 
     def normalization(
@@ -121,29 +120,14 @@ class TritonKernels(Kernels):
         masking: Masking | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Kernels`."""
+        if not (can_take(x, dy, *norm[:3], *(masking or ())) and is_unobserved()):
+            return super().gradients(dy, x, norm, dweight, dbias, add_up, marks, masking)
         before, after = (None, None) if marks is None else marks
-        direct = can_take(x, dy, *norm[:3], *(masking or ())) and is_unobserved()
-        if direct:
-            sums = launch.backward_reduce(dy, x, norm, dweight, dbias, before, masking)
-            dy = dy if masking is None else masking.masked
-        else:
-            if masking is not None:
-                mask = torch.ops.aten.threshold_backward.grad_input
-                dy = mask(dy, masking.output, 0, grad_input=masking.masked)
-            sums = self.backward_reduce(dy, x, norm)
-            for gradient, half in zip((dbias, dweight), sums.chunk(2), strict=True):
-                if gradient is not None:
-                    gradient.copy_(half)
-            if before is not None:
-                before.leave(x.device)
+        sums = launch.backward_reduce(dy, x, norm, dweight, dbias, before, masking)
         if add_up is None:
             return sums, None
-        totals = add_up(sums)
-        if direct:
-            return sums, launch.backward_input(dy, x, norm, totals, after)
-        if after is not None:
-            after.leave(x.device)
-        return sums, self.backward_input(dy, x, norm, totals)
+        dy = dy if masking is None else masking.masked
+        return sums, launch.backward_input(dy, x, norm, add_up(sums), after)
 
     def update_running(
         self,
