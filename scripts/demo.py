@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx2
 
-from syncbn.train.data import digits
-from syncbn.train.images import TensorImages
+from syncbn.train.data.datasets import digits
+from syncbn.train.data.images import TensorImages
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REQUIRED_ACCURACY = 0.97

@@ -26,8 +26,8 @@ def read_image(
     The image is turned as its EXIF orientation says, made grey or coloured as the model's input is
     (what was transparent is shown as it is stored), and cut to a square in its middle, or whatever
     the input's proportions are, which is resized with antialiasing: as training's data set
-    `folder` evaluates (`syncbn.train.images.FolderImages`), up to one step of 255 by rounding. So
-    JPEG files are decoded whole, though a fraction of the size would take an eighth of the time:
+    `folder` evaluates (`syncbn.train.data.images.FolderImages`), up to one step of 255 by rounding.
+    So JPEG files are decoded whole, though a fraction of the size would take an eighth of the time:
     it is off by up to ten steps. One of exactly the input's size is not resized. An orientation
     that cannot be read is none. A pixel of p becomes
     p/(255·scale), so that preprocessing, which multiplies by `scale`, sees 0 to 1.

@@ -15,7 +15,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from syncbn.train.config import compose_config
-from syncbn.train.run_directory import Result, RunDirectory
+from syncbn.train.run.directory import Result, RunDirectory
 from syncbn.train.schema import TrainConfig
 from tests.support.processes import REPOSITORY
 

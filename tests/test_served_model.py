@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from service.app import create_app
 from service.settings import Settings
-from syncbn.train import loop, state
+from syncbn.train import loop, setup
 from syncbn.train.config import compose_config
-from syncbn.train.data import digits
-from syncbn.train.images import TensorImages
-from syncbn.train.run_directory import open_run_directory
+from syncbn.train.data.datasets import digits
+from syncbn.train.data.images import TensorImages
+from syncbn.train.run.directory import open_run_directory
 from tests.support.jobs import quiet_watch
 from tests.support.world import run_world
 
@@ -22,13 +22,13 @@ from tests.support.world import run_world
 def _train(run_dir: Path) -> Tensor:
     """Train; return the probabilities of all test images in one batch, by the model in memory."""
     models: list[nn.Module] = []
-    convert = state.convert_sync_batchnorm
+    convert = setup.convert_sync_batchnorm
 
     def convert_and_keep(module: nn.Module) -> nn.Module:
         models.append(convert(module))
         return models[-1]
 
-    state.convert_sync_batchnorm = convert_and_keep  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
+    setup.convert_sync_batchnorm = convert_and_keep  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
     places = [f"run_dir={run_dir}", f"publish={run_dir.parent / 'models'}"]
     config = compose_config([*places, "track=none", "model.width=8", "epochs=2"])
     run = open_run_directory(config) if dist.get_rank() == 0 else None

@@ -55,7 +55,7 @@ def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> 
     assert (metadata / "licenses" / "docs" / "LICENSE").exists()
     assert {name.split("/")[0] for name in names} == {"syncbn", "service", metadata.name}
     scripts = (metadata / "entry_points.txt").read_text()
-    assert "syncbn-train = syncbn.train.launch:main" in scripts
+    assert "syncbn-train = syncbn.train.launch.command:main" in scripts
     assert "syncbn-serve = service.__main__:main" in scripts
 
 

@@ -30,13 +30,13 @@ SECTIONS: Mapping[str, Section] = {
     "digits": (experiments.digits, plots.digits),
     "before": (jobs.before, plots.before),
     "whitening": (experiments.whitening, plots.whitening),
-    "synchronising": (jobs.synchronizing, plots.synchronizing),
+    "synchronizing": (jobs.synchronizing, plots.synchronizing),
 }
 TABLES: Mapping[str, Callable[[Data], str]] = {
     "chain": experiments.chain_table,
     "before": jobs.before_table,
     "whitening": experiments.whitening_table,
-    "synchronising": jobs.synchronizing_table,
+    "synchronizing": jobs.synchronizing_table,
 }
 
 

@@ -114,10 +114,10 @@ def gradient(directory: Path) -> Data:
     Of two ranks with unequal shares, which is to rounding what one computes of all samples.
     """
     generator = torch.Generator().manual_seed(0)
-    sizes, centres = [24, 40], [0.0, 2.0]
+    sizes, centers = [24, 40], [0.0, 2.0]
     h, dy = (torch.randn(sum(sizes), 1, generator=generator).double() for _ in range(2))
     rank = torch.tensor([0, 1]).repeat_interleave(torch.tensor(sizes))[:, None]
-    h += torch.tensor(centres)[rank]
+    h += torch.tensor(centers)[rank]
     dy += 1.5 + 0.8 * h - 2 * rank  # asks for less of all, closer together, and the ranks apart
     rows: Rows = []
     for name, constants in (("through μ and σ", False), ("μ and σ as constants", True)):

@@ -22,10 +22,10 @@ from scripts.bench.measure import table
 from scripts.chapter.digits import mean_and_error
 from syncbn.errors import TrainingError
 from syncbn.train.config import compose_config
+from syncbn.train.launch.sweep import job_name
 from syncbn.train.loop import train
-from syncbn.train.run_directory import Result, open_run_directory
+from syncbn.train.run.directory import Result, open_run_directory
 from syncbn.train.schema import TrainConfig
-from syncbn.train.sweep import job_name
 
 Data = dict[str, Any]
 SEEDS = range(4)
@@ -101,7 +101,7 @@ def synchronizing(directory: Path) -> Data:
     After one epoch, by the running averages (of rank 0, as DistributedDataParallel has it). Where
     ranks have classes of their own, also by the statistics of all training samples instead.
     """
-    place, rows = _new(directory, "synchronising"), list[Data]()
+    place, rows = _new(directory, "synchronizing"), list[Data]()
     for world_size, norms in ((1, ("sync",)), (2, NORMS), (4, NORMS)):
         shares = ("mixed",) if world_size == 1 else ("mixed", "by_class")
         keys = list(itertools.product(shares, BATCHES, norms))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.comm.reducer import Reducer
-from syncbn.train.sampling import Batch
-from syncbn.train.schema import SYNCHRONISED
-from syncbn.train.state import Training
+from syncbn.train.data.sampling import Batch
+from syncbn.train.schema import SYNCHRONIZED
+from syncbn.train.setup import Training
 
 
 def evaluate(
@@ -21,13 +21,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Return a model's mean loss (nats) and accuracy (0 to 1) over the batches of all ranks.
 
-    Collective: one all-reduce of 3 float64, and where layers are not synchronised one broadcast a
+    Collective: one all-reduce of 3 float64, and where layers are not synchronized one broadcast a
     buffer from rank 0, whose running statistics are the ones that will be served.
 
     Raises:
         DataError: a sample cannot be read, on this rank alone.
     """
-    if not isinstance(training.config.norm, SYNCHRONISED):
+    if not isinstance(training.config.norm, SYNCHRONIZED):
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
     was_training = model.training

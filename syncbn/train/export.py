@@ -9,15 +9,15 @@ import torch.distributed as dist
 from torch import nn
 
 from syncbn.bundle import Description, write_bundle
-from syncbn.train.checkpoint import BEST, read_checkpoint
 from syncbn.train.config import config_sha256
-from syncbn.train.data import Dataset
-from syncbn.train.pictures import plot_curves
-from syncbn.train.publish import publish
-from syncbn.train.run_directory import RunDirectory
-from syncbn.train.sampling import TrainingShare, make_loader
+from syncbn.train.data.datasets import Dataset
+from syncbn.train.data.sampling import TrainingShare, make_loader
+from syncbn.train.run.checkpoint import BEST, read_checkpoint
+from syncbn.train.run.directory import RunDirectory
+from syncbn.train.run.plots import plot_curves
+from syncbn.train.run.publish import publish
 from syncbn.train.schema import CustomModelConfig, LocalNormConfig
-from syncbn.train.state import Training
+from syncbn.train.setup import Training
 from syncbn.transforms.recalibrate import recalibrate
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from syncbn.train.checkpoint import Position
+from syncbn.train.run.checkpoint import Position
 
 
 class KeptGenerators:

@@ -17,21 +17,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.comm.reducer import select_reducer
 from syncbn.errors import ConfigError, SyncBNError, TrainingError
-from syncbn.train.checkpoint import Checkpoint, Position, read_newest
-from syncbn.train.data import load_dataset
+from syncbn.train.data.datasets import load_dataset
+from syncbn.train.data.sampling import Batch, TrainingShare, held_out_batches, make_loader
 from syncbn.train.device import compute_deterministically
 from syncbn.train.evaluation import evaluate
 from syncbn.train.export import export
 from syncbn.train.generators import restore_generators, seed_generators
-from syncbn.train.records import Records
-from syncbn.train.run_directory import Result, RunDirectory
-from syncbn.train.sampling import Batch, TrainingShare, held_out_batches, make_loader
+from syncbn.train.launch.watchdog import Watch
+from syncbn.train.run.checkpoint import Checkpoint, Position, read_newest
+from syncbn.train.run.directory import Result, RunDirectory
+from syncbn.train.run.tracking import NoTracker, Tracker, start_tracker
+from syncbn.train.run.writer import Records
 from syncbn.train.schema import Shares, TrainConfig
-from syncbn.train.state import Training, prepare
+from syncbn.train.setup import Training, prepare
 from syncbn.train.step import Step, Stepper
 from syncbn.train.totals import DeviceTotals, HostTotals
-from syncbn.train.tracking import NoTracker, Tracker, start_tracker
-from syncbn.train.watch import Watch
 
 log = logging.getLogger(__name__)
 

@@ -1,34 +1,18 @@
-"""Optimizers, schedules and moving averages of weights, as configured."""
+"""Optimizers, as configured, and a step of theirs."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    OneCycleLR,
-    SequentialLR,
-    StepLR,
-)
-from torch.optim.swa_utils import AveragedModel
 
 from syncbn.errors import ConfigError
 from syncbn.train.schema import (
     AdamWConfig,
-    CosineConfig,
-    OneCycleConfig,
     OptimConfig,
-    ScheduleConfig,
     SgdConfig,
-    StepConfig,
     TorchOptimConfig,
-    WarmupConfig,
 )
 
 
@@ -128,72 +112,3 @@ def _begin_momentum(optimizer: Optimizer) -> None:
             if group["momentum"] != 0:
                 for weight in group["params"]:
                     optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-
-
-def make_schedule(
-    optimizer: Optimizer, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
-) -> LRScheduler:
-    """Return the configured learning-rate schedule over all steps of a run.
-
-    Source: Loshchilov and Hutter, "SGDR" (2017), equation 5, without restarts (cosine); Smith and
-    Topin, "Super-Convergence" (2018) (one_cycle).
-    """
-    if isinstance(config, OneCycleConfig):
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(
-            optimizer, peaks, total_steps, pct_start=config.rise, cycle_momentum=False
-        )
-    assert isinstance(config, WarmupConfig)
-    warmup_steps = min(config.warmup_steps, total_steps - 1)
-    match config:
-        case CosineConfig():
-            main = CosineAnnealingLR(optimizer, total_steps - warmup_steps)
-        case StepConfig():
-            main = StepLR(optimizer, config.every_epochs * steps_per_epoch, config.factor)
-        case _:
-            main = ConstantLR(optimizer, factor=1)
-    if warmup_steps == 0:
-        return main
-    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warmup, main], milestones=[warmup_steps])
-
-
-class WeightAverage(AveragedModel):
-    """An exponential moving average of a model: of its parameters and its running statistics.
-
-    Statistics are averaged with the weights that they belong to; how many batches they have seen
-    is copied, for an average of counts counts nothing.
-
-    Args:
-        model: what is averaged; a copy of it holds the average.
-        decay: weight of the old value.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, use_buffers=True)
-        self._decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module, buffers: Iterable[Tensor] | None = None) -> None:
-        """Take a step towards the model as it is now.
-
-        The host does not wait for the device, which torch's own function makes it do.
-
-        Args:
-            model: what is averaged.
-            buffers: in the order of the model's, and in their place; None: the model's own.
-        """
-        ours = [*self.module.parameters(), *self.module.buffers()]
-        theirs = [*model.parameters(), *(model.buffers() if buffers is None else buffers)]
-        is_first = int(self.n_averaged) == 0  # it is on the CPU
-        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]
-        averaged = defaultdict(lambda: ([], []))
-        for mine, new in zip(ours, theirs, strict=True):
-            if is_first or not (mine.is_floating_point() or mine.is_complex()):
-                mine.copy_(new)
-            else:
-                averaged[mine.dtype][0].append(mine)
-                averaged[mine.dtype][1].append(new)
-        for mine, new in averaged.values():
-            torch._foreach_lerp_(mine, new, 1 - self._decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as torch's own averages do
-        self.n_averaged += 1

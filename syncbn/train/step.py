@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.baselines import Renormalizer
-from syncbn.train.checkpoint import Position
+from syncbn.train.data.sampling import Batch
 from syncbn.train.generators import KeptGenerators
+from syncbn.train.launch.watchdog import Watch
 from syncbn.train.optim import can_skip, take_step
-from syncbn.train.records import Records
-from syncbn.train.sampling import Batch
-from syncbn.train.schema import SYNCHRONISED
-from syncbn.train.state import Training
+from syncbn.train.run.checkpoint import Position
+from syncbn.train.run.writer import Records
+from syncbn.train.schema import SYNCHRONIZED
+from syncbn.train.setup import Training
 from syncbn.train.totals import DeviceTotals, HostTotals, Statement, StepTotals, Totals
-from syncbn.train.watch import Watch
 
 _UNKNOWN = StepTotals(math.nan, math.nan, 0, 0)
 
@@ -272,7 +272,7 @@ class Stepper:
 
     def _mode_for(self, samples: Tensor) -> "_Evaluating | nullcontext[None]":
         """Return the mode for a share: one without samples must leave its own statistics alone."""
-        if len(samples) == 0 and not isinstance(self._training.config.norm, SYNCHRONISED):
+        if len(samples) == 0 and not isinstance(self._training.config.norm, SYNCHRONIZED):
             return _Evaluating(self._training.replica)
         return nullcontext()
 

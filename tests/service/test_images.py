@@ -18,7 +18,7 @@ from PIL import Image
 from service.errors import InvalidRequestError
 from service.images import read_image
 from syncbn.bundle import Manifest, read_bundle
-from syncbn.train.images import FolderImages
+from syncbn.train.data.images import FolderImages
 from syncbn.train.schema import FolderConfig
 
 PREDICT = "/predict/shapes"

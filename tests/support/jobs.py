@@ -15,9 +15,9 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage] -- documented
 )
 
-from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
-from syncbn.train.run_directory import RunDirectory, open_run_directory
+from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.run.directory import RunDirectory, open_run_directory
 from tests.support.world import CONTEXT
 
 SMALL = ("model.width=4", "track=none", "launch.device=cpu", "launch.threads=1")
@@ -70,7 +70,7 @@ def _be_agent(launcher: Any, run_dir: str) -> None:
     os.dup2(launcher.fileno(), 0)
     _write_to(Path(f"{run_dir}.out"))
     torch.use_deterministic_algorithms(False)
-    from syncbn.train.agent import main
+    from syncbn.train.launch.agent import main
 
     os._exit(main())
 
@@ -125,7 +125,7 @@ def _be_rank_of_torchrun(
     _write_to(output)
     sys.argv[1:] = overrides
     torch.use_deterministic_algorithms(False)
-    from syncbn.train.launch import main
+    from syncbn.train.launch.command import main
 
     main()
 

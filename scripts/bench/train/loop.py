@@ -26,8 +26,8 @@ import syncbn
 from scripts.bench.measure import Rows, progress
 from scripts.bench.train.by_hand import BATCH_SIZE, LOG_EVERY, ByHand, sgd
 from syncbn.models import build_model
-from syncbn.train.checkpoint import checkpoint_files
-from syncbn.train.watch import Watch
+from syncbn.train.launch.watchdog import Watch
+from syncbn.train.run.checkpoint import checkpoint_files
 
 # What the trainer is asked for; the rest are its defaults.
 WORKLOADS = {
@@ -177,10 +177,10 @@ def _is_written(checkpoints: Path, step: int) -> bool:
 def bench_loops(turns: int) -> Rows:
     """Epochs of this trainer, of a loop by hand, and of lightning: same data, model and layer."""
     from syncbn.train.config import compose_config
-    from syncbn.train.data import load_dataset
+    from syncbn.train.data.datasets import load_dataset
     from syncbn.train.loop import train
-    from syncbn.train.run_directory import open_run_directory
-    from syncbn.train.state import describe_architecture
+    from syncbn.train.run.directory import open_run_directory
+    from syncbn.train.setup import describe_architecture
 
     size = dist.get_world_size()
     rows: Rows = []

@@ -37,7 +37,7 @@ CHOICES = {
 }
 
 
-def test_defaults_synchronise_and_track_offline() -> None:
+def test_defaults_synchronize_and_track_offline() -> None:
     config = compose_config([])
     assert isinstance(config.norm, SyncNormConfig)
     assert isinstance(config.track, WandbConfig)
@@ -112,8 +112,8 @@ def test_names_come_from_the_installed_torch_and_torchvision() -> None:
 
 def test_wrong_configuration_is_known_before_torch_is_imported() -> None:
     code = (
-        "import sys; from syncbn.train import launch; sys.argv = ['x', 'optim.lrr=1'];"
-        "import atexit; atexit.register(lambda: print('torch' in sys.modules)); launch.main()"
+        "import sys; from syncbn.train.launch import command; sys.argv = ['x', 'optim.lrr=1'];"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules)); command.main()"
     )
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

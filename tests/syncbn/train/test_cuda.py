@@ -18,13 +18,13 @@ from torch import nn
 
 from syncbn.bundle import read_bundle
 from syncbn.train import export
-from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
-from syncbn.train.data import digits
-from syncbn.train.images import TensorImages
+from syncbn.train.data.datasets import digits
+from syncbn.train.data.images import TensorImages
+from syncbn.train.data.sampling import Batch
 from syncbn.train.loop import train
-from syncbn.train.run_directory import RunDirectory, open_run_directory
-from syncbn.train.sampling import Batch
+from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.run.directory import RunDirectory, open_run_directory
 from syncbn.train.step import Stepper
 from tests.support.gpu import needs_gpu
 from tests.support.jobs import Job, comparable, outcome, quiet_watch, wait_until

@@ -21,7 +21,7 @@ from syncbn.train.device import (
     leave_process_group,
 )
 from syncbn.train.loop import train
-from syncbn.train.run_directory import open_run_directory
+from syncbn.train.run.directory import open_run_directory
 from syncbn.train.schema import LaunchConfig
 from tests.support.jobs import quiet_watch
 from tests.support.world import run_world
@@ -246,7 +246,7 @@ import torch
 asked = []
 torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0
 import importlib
-import syncbn.train.agent
+import syncbn.train.launch.agent
 importlib.import_module("torch._dynamo")
 assert not asked and not torch.cuda.is_initialized()
 """

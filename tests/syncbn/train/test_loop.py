@@ -15,13 +15,14 @@ from torch.nn import functional
 from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError, DataError, SyncBNError, TrainingError
 from syncbn.train import export
-from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
-from syncbn.train.data import Dataset, digits
-from syncbn.train.images import TensorImages
+from syncbn.train.data.datasets import Dataset, digits
+from syncbn.train.data.images import TensorImages
+from syncbn.train.data.sampling import Batch, Key
 from syncbn.train.loop import together, train
-from syncbn.train.run_directory import Result, RunDirectory, open_run_directory
-from syncbn.train.sampling import Batch, Key
+from syncbn.train.run import directory
+from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
 from tests.support.jobs import quiet_watch
 from tests.support.tolerance import assert_as_exact
 from tests.support.world import run_world
@@ -136,7 +137,7 @@ def test_accumulated_batches_make_the_step_of_all_together(tmp_path: Path) -> No
         torch.testing.assert_close(parts[name], weights, rtol=1e-12, atol=1e-12)
 
 
-def test_without_synchronising_two_ranks_drift_from_one(tmp_path: Path) -> None:
+def test_without_synchronizing_two_ranks_drift_from_one(tmp_path: Path) -> None:
     one, two = (
         _train_few_steps(
             tmp_path, f"w{n}", n, torch.float64, f"data.batch_size={16 // n}", "norm=local"
@@ -403,15 +404,14 @@ def _train_without_steps_file(overrides: list[str]) -> str:
     if dist.get_rank() == 0:
         config = compose_config([*SMALL, *overrides])
         (open_run_directory(config).path / "checkpoints").touch()
-    from syncbn.train import run_directory
 
-    original = run_directory.RunDirectory.append_step
+    original = directory.RunDirectory.append_step
 
     def fail(self: RunDirectory, metrics: object) -> None:
         raise OSError(21, "Is a directory")
 
-    run_directory.RunDirectory.append_step = fail
+    directory.RunDirectory.append_step = fail
     try:
         return _train_or_explain(overrides)
     finally:
-        run_directory.RunDirectory.append_step = original
+        directory.RunDirectory.append_step = original

@@ -6,14 +6,10 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 
 from syncbn.errors import ConfigError
+from syncbn.train.average import WeightAverage
 from syncbn.train.config import compose_config
-from syncbn.train.optim import (
-    WeightAverage,
-    can_skip,
-    make_optimizer,
-    make_schedule,
-    take_step,
-)
+from syncbn.train.optim import can_skip, make_optimizer, take_step
+from syncbn.train.schedule import make_schedule
 
 
 @pytest.mark.parametrize(

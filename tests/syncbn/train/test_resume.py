@@ -12,7 +12,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from syncbn.train.checkpoint import checkpoint_files, read_newest
+from syncbn.train.run.checkpoint import checkpoint_files, read_newest
 from tests.support.jobs import Job, is_alive, outcome, wait_until, whole_outcome
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")

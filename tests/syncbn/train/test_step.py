@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn.errors import ReplicaError, TrainingError
 from syncbn.train import export, loop
-from syncbn.train.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.config import compose_config
+from syncbn.train.data.sampling import Batch
 from syncbn.train.loop import train
-from syncbn.train.run_directory import RunDirectory, open_run_directory
-from syncbn.train.sampling import Batch
+from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.run.directory import RunDirectory, open_run_directory
 from syncbn.train.step import Stepper
 from syncbn.train.totals import DeviceTotals, Report, Statement
 from tests.support.jobs import comparable, outcome, quiet_watch

@@ -1,0 +1,195 @@
+"""Sweeps: many jobs in one directory, of which one that fails takes no other with it."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from syncbn.errors import ConfigError, SyncBNError
+from syncbn.train.config import to_config
+from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
+from syncbn.train.schema import LaunchConfig
+
+_NAME_LIMIT = 120
+# Tells jobs, wherever a launcher starts them, which lock the sweep's own process holds on which
+# host, and what all jobs have in common.
+_VARIABLE = "SYNCBN_SWEEP"
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for a sweep."""
+    return any(argument in ("-m", "--multirun") for argument in arguments)
+
+
+def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
+    """Run the jobs of a sweep, say how they ended, and return the exit code: 1 unless all finished.
+
+    Args:
+        arguments: the command line, to which the sweep's directory is added: it must be there,
+            because every job composes its configuration anew.
+        run_jobs: calls `be_sweep_job` for each job, in whatever process.
+
+    Raises:
+        ConfigError: another sweep is under way in the directory.
+        HydraException, OmegaConfBaseException: the command line is wrong.
+        SystemExit: a signal stopped it.
+    """
+    directory = _named(arguments)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another sweep is under way in {directory}; wait for its end, or choose another "
+            "sweep_dir"
+        ) from None
+    about = {"host": platform.node(), "lock": str(directory.resolve() / ".lock")}
+    os.environ[_VARIABLE] = json.dumps(about | {"common": arguments})
+    trouble = ""
+    with lock:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # some launchers leave their jobs otherwise
+            signal.signal(number, _exit_on_signal)
+        try:
+            run_jobs()
+        except (HydraException, OmegaConfBaseException):
+            _discard_if_empty(directory)
+            raise
+        except Exception as error:  # a launcher's, for a job whose process it lost
+            trouble = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return _finish(directory, trouble)
+
+
+def be_sweep_job(
+    composed: DictConfig, launch: Callable[[RunDirectory, LaunchConfig, bool], Result]
+) -> float | None:
+    """Train one job of a sweep, unless it has finished; return its validation error.
+
+    Whatever goes wrong is in the job's result.json, for an exception would be in a launcher's
+    words, and under some launchers the end of the other jobs.
+
+    Returns:
+        1 − the test accuracy; None where the job failed, which a sweeper takes for a failure.
+    """
+    settings = HydraConfig.get()
+    # Hydra escapes some characters of what was typed.
+    overrides = [override.replace("\\", "") for override in settings.overrides.task]
+    common: list[str] = _about_sweep().get("common", [])
+    chosen = [override for override in overrides if override not in common]
+    path = Path(settings.sweep.dir) / job_name(chosen)
+    run = RunDirectory(path.resolve())
+    result = run.read_result()
+    if result is None or result.status != "finished":
+        print(f"{path.name}: starting", flush=True)
+        started = time.monotonic()
+        try:
+            composed.run_dir = str(path)
+            config = to_config(composed)
+            run = open_run_directory(config)
+            result = launch(run, config.launch, True)
+        except Exception as error:
+            reason = str(error) if isinstance(error, SyncBNError) else repr(error)
+            result = Result("failed", reason, {}, time.monotonic() - started, 1)
+            path.mkdir(parents=True, exist_ok=True)
+            run.write_result(result)
+    print(f"{path.name}: {result.status}", flush=True)
+    return 1 - result.metrics["test_accuracy"] if result.status == "finished" else None
+
+
+def is_abandoned() -> bool:
+    """Return whether this process works for a sweep whose own process is gone from this host.
+
+    Some launchers leave their jobs behind when they are killed.
+    """
+    about = _about_sweep()
+    if about.get("host") != platform.node() or not Path(about["lock"]).exists():
+        return False
+    held = FileLock(about["lock"])
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        return False
+    held.release()
+    return True
+
+
+def job_name(overrides: list[str]) -> str:
+    """Return a directory name for the overrides that tell a job from the others of its sweep."""
+    text = ",".join(sorted(overrides)) or "defaults"
+    name = re.sub(r"[^\w.,=+-]", "_", text)
+    if name == text and len(name) <= _NAME_LIMIT:
+        return name
+    return f"{name[:_NAME_LIMIT]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _about_sweep() -> dict[str, Any]:
+    return json.loads(os.environ.get(_VARIABLE, "{}"))
+
+
+def _named(arguments: list[str]) -> Path:
+    pairs = (argument.partition("=") for argument in arguments)
+    values = {key: value for key, _, value in pairs}
+    if "sweep_dir" in values:
+        return Path(values["sweep_dir"])
+    stamp = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    path = Path(values.get("run_root", "runs")) / f"{stamp}-sweep-{secrets.token_hex(3)}"
+    arguments.append(f"sweep_dir={path}")
+    return path
+
+
+def _discard_if_empty(directory: Path) -> None:
+    """Remove what a sweep without a job leaves: our lock, and Hydra's record of the sweep."""
+    if any(path.is_dir() for path in directory.iterdir()):
+        return
+    for name in (".lock", "multirun.yaml"):
+        (directory / name).unlink(missing_ok=True)
+    for path in (directory, directory.parent):
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
+def _finish(directory: Path, trouble: str) -> int:
+    results = {
+        path.name: RunDirectory(path).read_result()
+        for path in sorted(directory.iterdir())
+        if (path / "config.yaml").exists() or (path / "result.json").exists()
+    }
+    failed = {name: result for name, result in results.items() if not _is_finished(result)}
+    print(f"\n{len(results) - len(failed)} of {len(results)} jobs finished, in {directory}")
+    for name, result in failed.items():
+        how = f"{result.status}{_because(result)}" if result else "ended without a word"
+        print(f"  {name}: {how}")
+    if trouble:
+        print(f"syncbn-train: the launcher lost jobs: {trouble}", file=sys.stderr)
+    if failed or trouble:
+        print(f"The same command with sweep_dir={directory} trains what is missing.")
+    print(f"syncbn-runs {directory} compares them.")
+    return 1 if failed or trouble else 0
+
+
+def _is_finished(result: Result | None) -> bool:
+    return result is not None and result.status == "finished"
+
+
+def _because(result: Result) -> str:
+    return f": {result.error}" if result.error else ""
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

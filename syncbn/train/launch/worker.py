@@ -1,0 +1,259 @@
+"""One rank of a job: agree on the job with the others, join the process group, train."""
+
+import faulthandler
+import gc
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (
+    Store,  # pyright: ignore[reportPrivateImportUsage] -- documented
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage] -- documented
+)
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
+
+from syncbn.errors import ConfigError, DataError, ReplicaError, SyncBNError, TrainingError
+from syncbn.train.config import compose_config, from_yaml, to_yaml
+from syncbn.train.device import choose_device, join_process_group, leave_process_group
+from syncbn.train.launch.rendezvous import agree, prefixed
+from syncbn.train.launch.watchdog import STOP_SIGNALS, Watch
+from syncbn.train.loop import train
+from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
+from syncbn.train.run.report import summarize
+from syncbn.train.schema import TrainConfig
+
+log = logging.getLogger(__name__)
+
+_AGREEMENT_TIMEOUT = timedelta(seconds=120)
+
+Job = tuple[TrainConfig, RunDirectory]
+
+
+def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
+    """Be one rank of a job that an external torchrun started with a command line.
+
+    Rank 0 composes the configuration and makes the run directory, for all.
+
+    Does not return: the process ends with the exit code of the job, the same on every rank, after
+    rank 0 said why.
+    """
+
+    def prepare() -> Job:
+        if flags := [argument for argument in overrides if argument.startswith("-")]:
+            rest = [argument for argument in overrides if not argument.startswith("-")]
+            raise ConfigError(
+                f"{' '.join(flags)} is not available under torchrun, which would do it on every "
+                f"rank; type `{' '.join(['syncbn-train', *flags, *rest])}`, which starts the "
+                "ranks itself"
+            )
+        config = compose_config(overrides)
+        nproc = int(os.environ["LOCAL_WORLD_SIZE"])
+        asked = any(override.lstrip("+").startswith("launch.nproc=") for override in overrides)
+        if asked and config.launch.nproc != nproc:
+            raise ConfigError(
+                f"launch.nproc={config.launch.nproc}, but torchrun started {nproc} ranks here; "
+                "leave launch.nproc out"
+            )
+        config.launch.nproc = nproc
+        return config, open_run_directory(config, _torchrun())
+
+    _leave(record(_work)(prepare) or 0)
+
+
+def be_launched_rank(run_dir: str, pid_pipe: int) -> int:
+    """Be one rank of a job that `syncbn.train.launch.agent` started, and return its exit code.
+
+    Args:
+        run_dir: the run's directory.
+        pid_pipe: where the agent reads which processes the ranks are.
+    """
+    run = RunDirectory(Path(run_dir))
+    for number in STOP_SIGNALS:  # of the agent it has inherited what to do
+        signal.signal(number, signal.SIG_DFL)
+    os.write(pid_pipe, f"{os.getpid()}\n".encode())
+    parent = os.getppid()
+    code = _work(lambda: (run.read_config(), run))
+    if os.getppid() != parent:  # torch would wait for the agent, for ever
+        _leave(code)
+    logging.shutdown()
+    return code
+
+
+def _torchrun() -> str:
+    """Return what tells the torchrun that started this rank from any other, ever.
+
+    A torchrun runs one job, and starts its ranks again after a failure: with the same job.
+    """
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    since = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""
+    return f"{platform.node()} {os.getppid()} {since} {os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without finalizing the interpreter.
+
+    After a failure, the exception's frames hold the DistributedDataParallel wrapper, which keeps
+    the process group alive past `destroy_process_group`. A gloo thread that lets go of its last
+    tensor while Python is being finalized aborts the process (pytorch/pytorch#179291).
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _work(prepare: Callable[[], Job]) -> int:
+    """Do this rank's part, with the run directory locked by rank 0, and return its exit code."""
+    with ExitStack() as held:
+
+        def prepare_and_lock() -> Job:
+            config, run = prepare()
+            held.enter_context(run.lock())
+            return config, run
+
+        return _work_locked(prepare_and_lock)
+
+
+def _work_locked(prepare: Callable[[], Job]) -> int:
+    shared, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
+    try:
+        timeout_s = _AGREEMENT_TIMEOUT.total_seconds()
+        # The store's own time-outs do not apply where its machine cannot be reached any more.
+        faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
+        text, prefix = agree(shared, rank, world_size, partial(_told, prepare), timeout_s)
+        faulthandler.cancel_dump_traceback_later()
+        told = json.loads(text)
+        if "error" in told:
+            raise ConfigError(told["error"])
+        config, run = from_yaml(told["config"]), RunDirectory(Path(told["path"]))
+    except SyncBNError as error:
+        if rank == 0:
+            print(f"syncbn-train: {error}", file=sys.stderr)
+        return _exit_code(error)
+    try:
+        local_rank, nproc = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        device = choose_device(config.launch, local_rank, nproc)
+    except ConfigError as error:
+        if rank == 0:
+            print(f"syncbn-train: {error}", file=sys.stderr)
+            _record(run, Result("failed", str(error), {}, 0, 2))
+        return 2
+    if config.launch.threads is not None:
+        torch.set_num_threads(config.launch.threads)
+    timeout_s = config.launch.timeout_s
+    store = prefixed(prefix, shared)
+    own = prefixed(f"{prefix}/watch", _connect_again())
+    watch = Watch(own, rank, world_size, timeout_s, config.launch.stop_timeout_s)
+    watch.start()
+    try:
+        join_process_group(device, config.launch, store, rank, world_size)
+    except TrainingError as error:  # each rank knows its own GPU alone
+        print(f"syncbn-train: {error}", file=sys.stderr)
+        if rank == 0:
+            _record(run, Result("failed", str(error), {}, 0, 1))
+        raise
+    watch.heed_signals()
+    failed = False
+    try:
+        _log_to(run if rank == 0 else None)
+        log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
+        result = train(config, run if rank == 0 else None, device, watch)
+        if rank == 0:  # at once, as leaving the others may fail
+            _record(run, result)
+    except (ConfigError, TrainingError) as error:  # every rank raises it: one need say it
+        code = _exit_code(error)
+        if rank == 0:
+            log.error("%s", error)
+            _record(run, Result("failed", str(error), {}, 0, code))
+        return code
+    except Exception as error:
+        failed = True
+        others, known = _is_about_others(error), True
+        reason = watch.blame() if others else ""
+        if reason:
+            log.error("rank %d gave up waiting: %s", rank, reason)
+        elif others and watch.stop_signal:
+            reason, known = "another rank failed", False  # as whoever stopped this one will say
+        else:
+            reason = f"rank {rank} failed: {error}"
+            if isinstance(error, DataError):
+                log.error("%s", reason)
+            else:
+                log.exception("rank %d failed", rank)
+                reason = f"rank {rank} failed: {type(error).__name__}: {error}"
+        if rank == 0 and known:
+            _record(run, Result("failed", reason, {}, 0, 1))
+        raise TrainingError(reason) from error
+    finally:
+        watch.end()
+        for loader_worker in multiprocessing.active_children():
+            loader_worker.kill()  # it hangs, and ignores what Python would end it by, and wait for
+        gc.collect()  # the wrapper may be in a circle, and would keep the group's threads alive
+        leave_process_group(failed)
+    if rank == 0 and result.status == "finished":
+        print(summarize(run.path))
+    return result.exit_code
+
+
+def _exit_code(error: SyncBNError) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _record(run: RunDirectory, result: Result) -> None:
+    try:
+        run.write_result(result)
+    except OSError as error:  # a full disk, most likely, of which the log has spoken
+        log.error("cannot write %s: %s", run.result_file, error.strerror)
+
+
+def _is_about_others(error: Exception) -> bool:
+    """Return whether an error says that another rank did not answer."""
+    text = str(error).lower()
+    return isinstance(error, ReplicaError | dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
+    )
+
+
+def _connect_again() -> Store:
+    """Return a second connection to the ranks' store, for a thread of its own."""
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=_AGREEMENT_TIMEOUT,
+    )
+
+
+def _told(prepare: Callable[[], Job]) -> str:
+    """Return rank 0's job, or its error, as text."""
+    try:
+        config, run = prepare()
+    except SyncBNError as error:
+        return json.dumps({"error": str(error)})
+    return json.dumps({"config": to_yaml(config), "path": str(run.path)})
+
+
+def _log_to(run: RunDirectory | None) -> None:
+    """Log to the terminal and, on rank 0, to the run's log; other ranks log problems alone."""
+    logging.raiseExceptions = False  # a full disk is said once, not with every line
+    logger = logging.getLogger("syncbn")
+    logger.setLevel(logging.WARNING if run is None else logging.INFO)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if run is not None:
+        handlers.append(logging.FileHandler(run.log_file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,1 @@
+"""A run's directory: what is written into it, and what is read from it and compared."""

@@ -1,0 +1,95 @@
+"""What may be configured of data: conf/data."""
+
+from enum import Enum
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from syncbn.train.schema.types import Factory, Share
+
+
+class Shares(Enum):
+    """Which of the training samples a replica sees."""
+
+    mixed = "mixed"
+    by_class = "by_class"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """A data set: see conf/data."""
+
+    name: str
+    batch_size: PositiveInt
+    workers: NonNegativeInt
+    shares: Shares = Shares.mixed
+
+
+@dataclass(kw_only=True)
+class DigitsConfig(DataConfig):
+    """conf/data/digits.yaml."""
+
+    name: str = "digits"
+
+
+@dataclass(kw_only=True)
+class AugmentedConfig(DataConfig):
+    """Images in memory, of which training sees random crops and mirror images."""
+
+    path: str
+    crop_padding: NonNegativeInt
+    flip: bool
+
+
+@dataclass(kw_only=True)
+class CifarConfig(AugmentedConfig):
+    """conf/data/cifar10.yaml."""
+
+    name: str = "cifar10"
+
+
+@dataclass(kw_only=True)
+class MnistConfig(AugmentedConfig):
+    """conf/data/mnist.yaml."""
+
+    name: str = "mnist"
+
+
+@dataclass(kw_only=True)
+class FashionMnistConfig(AugmentedConfig):
+    """conf/data/fashion_mnist.yaml."""
+
+    name: str = "fashion_mnist"
+
+
+@dataclass(kw_only=True)
+class FolderConfig(DataConfig):
+    """conf/data/folder.yaml."""
+
+    name: str = "folder"
+    path: str
+    size: PositiveInt
+    flip: bool
+    crop_scale_min: Share
+
+
+@dataclass(kw_only=True)
+class SyntheticConfig(DataConfig):
+    """conf/data/synthetic.yaml."""
+
+    name: str = "synthetic"
+    samples: PositiveInt
+    test_samples: PositiveInt
+    channels: PositiveInt
+    size: PositiveInt
+    classes: PositiveInt
+
+
+@dataclass(kw_only=True)
+class CustomDataConfig(DataConfig):
+    """conf/data/custom.yaml."""
+
+    name: str = "custom"
+    factory: Factory
+    arguments: dict[str, Any]

@@ -1,0 +1,51 @@
+"""What may be configured of models: conf/model."""
+
+from typing import Any
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from syncbn.train.schema.types import Factory
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """A model: see conf/model."""
+
+    name: str
+
+
+@dataclass(kw_only=True)
+class CnnConfig(ModelConfig):
+    """conf/model/cnn.yaml."""
+
+    name: str = "cnn"
+    width: PositiveInt
+
+
+@dataclass(kw_only=True)
+class MlpConfig(ModelConfig):
+    """conf/model/mlp.yaml."""
+
+    name: str = "mlp"
+    size: PositiveInt
+    width: PositiveInt
+    depth: PositiveInt
+
+
+@dataclass(kw_only=True)
+class TorchvisionConfig(ModelConfig):
+    """conf/model/torchvision.yaml."""
+
+    name: str = "torchvision"
+    architecture: str
+    arguments: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class CustomModelConfig(ModelConfig):
+    """conf/model/custom.yaml."""
+
+    name: str = "custom"
+    factory: Factory
+    arguments: dict[str, Any]

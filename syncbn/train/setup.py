@@ -1,0 +1,301 @@
+"""What is trained on one rank, and how it goes into a checkpoint and comes back."""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
+from syncbn.bundle import Architecture
+from syncbn.errors import ConfigError, ModelError
+from syncbn.layers.base import Synchronized
+from syncbn.models import ChannelAffine, build_model, build_without_memory
+from syncbn.train.average import WeightAverage
+from syncbn.train.data.datasets import Dataset
+from syncbn.train.generators import seed_generators
+from syncbn.train.optim import make_optimizer
+from syncbn.train.run.checkpoint import Checkpoint, Position
+from syncbn.train.schedule import make_schedule
+from syncbn.train.schema import (
+    CustomModelConfig,
+    LocalNormConfig,
+    PenaltyNormConfig,
+    Precision,
+    RenormalizeNormConfig,
+    SyncNormConfig,
+    TorchvisionConfig,
+    TrainConfig,
+    WhiteningNormConfig,
+)
+from syncbn.transforms.convert import convert_sync_batchnorm
+from syncbn.transforms.fold import layers_before
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {Precision.bfloat16: torch.bfloat16, Precision.float16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The model, its replica under DDP, and what moves them, on one rank.
+
+    Attributes:
+        preprocess: turns raw samples on the device into the model's inputs.
+        average: the moving average of the model; None where there is none.
+        penalty: on the statistics of activations; None where there is none.
+        renormalizer: what rescales the units after each step; None where nothing does.
+        exported: what is evaluated and exported: the average, or the model.
+    """
+
+    config: TrainConfig
+    device: torch.device
+    architecture: Architecture
+    model: nn.Module
+    replica: DistributedDataParallel
+    optimizer: Optimizer
+    schedule: LRScheduler
+    scaler: torch.amp.GradScaler
+    preprocess: Callable[[Tensor], Tensor]
+    average: WeightAverage | None
+    penalty: StatisticsPenalty | None
+    renormalizer: Renormalizer | None
+
+    @property
+    def exported(self) -> nn.Module:
+        """The model that is evaluated and exported."""
+        return self.model if self.average is None else self.average.module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model computes."""
+        dtype = _DTYPES.get(self.config.numerics.precision)
+        return torch.autocast(self.device.type, dtype) if dtype is not None else nullcontext()
+
+    def inputs(self, samples: Tensor) -> Tensor:
+        """Return what the model is given for raw samples, where and how it computes."""
+        inputs = self.preprocess(samples.to(self.device, non_blocking=True))
+        if self.config.numerics.channels_last and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def state_dicts(self) -> dict[str, Any]:
+        """Return everything that training changes, by name."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def restore(self, checkpoint: Checkpoint, schedule_steps: int | None = None) -> None:
+        """Return to a former state.
+
+        Args:
+            checkpoint: the state.
+            schedule_steps: how far the schedule is, where it is not the checkpoint's own.
+        """
+        for name, part in self._parts().items():
+            if name == "schedule" and schedule_steps is not None:
+                for _ in range(schedule_steps):
+                    self.schedule.step()
+            else:
+                part.load_state_dict(checkpoint.states[name])
+        if schedule_steps is not None:  # the optimizer's state came with the old schedule's rate
+            for group, rate in zip(
+                self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
+
+    def _parts(self) -> dict[str, Any]:
+        # The schedule before the optimizer, whose rates it changes when it is fast-forwarded.
+        parts: dict[str, Any] = {"model": self.model, "schedule": self.schedule}
+        parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        return parts if self.average is None else parts | {"average": self.average}
+
+
+def prepare(
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Training:
+    """Return the configured model, ready to train on this rank.
+
+    Collective: DDP compares and broadcasts the parameters, and one step is made on zeros and taken
+    back, see `_settle`.
+
+    Raises:
+        ConfigError: the model or optimizer cannot be made as configured.
+    """
+    custom = isinstance(config.model, CustomModelConfig)
+    try:
+        architecture = describe_architecture(config, dataset)
+        if custom:
+            _try_without_memory(architecture, dataset)
+        torch.manual_seed(config.seed)
+        model = build_model(architecture.name, architecture.arguments, allow_imports=custom)
+    except (ModelError, ValidationError) as error:
+        raise ConfigError(f"model: {error}") from error
+    if isinstance(config.norm, SyncNormConfig):
+        model = convert_sync_batchnorm(model)
+    if config.numerics.compile and isinstance(
+        config.norm, PenaltyNormConfig | RenormalizeNormConfig
+    ):
+        raise ConfigError(
+            f"norm={config.norm.name} looks at activations while the model runs, which "
+            "numerics.compile=true hides; choose numerics.compile=false"
+        )
+    model.to(device)
+    if config.numerics.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it, its stub lacks it
+    decay = config.optim.ema_decay
+    average = None if decay is None else WeightAverage(model, decay)
+    if config.numerics.compile:
+        model.compile()
+    with warnings.catch_warnings():
+        # The successor of `broadcast_buffers` is not in torch 2.11.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        replica = DistributedDataParallel(model, broadcast_buffers=not _buffers_agree(model))
+    # Of layers with one channel, whose strides are the same in either format.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    optimizer = make_optimizer(replica.parameters(), config.optim)
+    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch)
+    scaler = torch.amp.GradScaler(
+        device.type, enabled=config.numerics.precision is Precision.float16
+    )
+    penalty = renormalizer = None
+    if isinstance(config.norm, PenaltyNormConfig):
+        penalty = StatisticsPenalty(_affines(model), config.norm.strength)
+    elif isinstance(config.norm, RenormalizeNormConfig):
+        units = _units(model, architecture, allow_imports=custom)
+        renormalizer = Renormalizer(units, config.norm.eps)
+    training = Training(
+        config,
+        device,
+        architecture,
+        model,
+        replica,
+        optimizer,
+        schedule,
+        scaler,
+        dataset.preprocessing.prepared(1 + len(dataset.input.shape), device),
+        average,
+        penalty,
+        renormalizer,
+    )
+    _settle(training, dataset)
+    seed_generators(config.seed, Position())
+    return training
+
+
+def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture:
+    """Return the name and the arguments with which `build_model` makes the configured model."""
+    arguments: dict[str, Any]
+    match config.model:
+        case TorchvisionConfig():
+            name = f"torchvision.{config.model.architecture}"
+            arguments = dict(config.model.arguments)
+        case CustomModelConfig():
+            name, arguments = config.model.factory, dict(config.model.arguments)
+        case _:
+            arguments = dataclasses.asdict(config.model)
+            name = arguments.pop("name")
+    arguments |= {"in_channels": dataset.input.shape[0], "num_classes": len(dataset.classes)}
+    if isinstance(config.norm, LocalNormConfig):  # synchronized too; serving needs no more
+        arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
+    elif isinstance(config.norm, WhiteningNormConfig):
+        options = dataclasses.asdict(config.norm) | {"method": config.norm.method.value}
+        arguments |= {key: options.pop(key) for key in ("eps", "momentum")}
+        arguments |= {"norm": options.pop("name")}
+        arguments |= {f"whitening_{k}": value for k, value in options.items() if value is not None}
+    else:  # a penalty, or renormalizing, leaves nothing for serving to do
+        arguments |= {"norm": "none"}
+    return Architecture(name=name, arguments=arguments)
+
+
+def _affines(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what stands in the places of batch normalization."""
+    return {name: each for name, each in model.named_modules() if isinstance(each, ChannelAffine)}
+
+
+def _units(model: nn.Module, architecture: Architecture, *, allow_imports: bool) -> dict[str, Unit]:
+    """Return the units of a model without batch normalization, where it would normalize them."""
+    arguments = {**architecture.arguments, "norm": "batch"}
+    twin = build_without_memory(architecture.name, arguments, allow_imports=allow_imports)
+    before, kept = layers_before(twin)
+    units: dict[str, Unit] = {}
+    for name, affine in _affines(model).items():
+        layer = model.get_submodule(before[name]) if name in before else None
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            reason = kept.get(name, f"its weights are those of a {type(layer).__name__}")
+            raise ConfigError(f"norm=renormalize cannot rescale what {name!r} follows: {reason}")
+        if layer.bias is not None or not isinstance(affine.bias, nn.Parameter):
+            raise ConfigError(
+                f"norm=renormalize needs {before[name]!r} without a bias and {name!r} with one"
+            )
+        units[name] = Unit(layer.weight, affine.bias, affine)
+    return units
+
+
+def _try_without_memory(architecture: Architecture, dataset: Dataset) -> None:
+    """Raise where a model could be trained, but its bundle not be written at the end."""
+    model = build_without_memory(architecture.name, architecture.arguments, allow_imports=True)
+    try:
+        model.eval()(torch.empty(1, *dataset.input.shape, device="meta"))
+    except Exception as error:  # whatever a model of somebody else's raises
+        raise ConfigError(
+            f"model: {architecture.name} does not work on torch's meta device, by which bundles "
+            f"are checked: {error}"
+        ) from error
+
+
+def _buffers_agree(model: nn.Module) -> bool:
+    """Return whether all buffers are the same on all ranks by themselves, and need no broadcast."""
+    synchronized = {
+        id(buffer)
+        for module in model.modules()
+        if isinstance(module, Synchronized)
+        for buffer in module.buffers(recurse=False)
+    }
+    return all(id(buffer) in synchronized for buffer in model.buffers())
+
+
+def _settle(training: Training, dataset: Dataset) -> None:
+    """Make one step on zeros and take it back, after which DDP's buckets stay as they are.
+
+    DDP arranges its buckets anew after its first backward pass, and with more than two ranks the
+    arrangement decides in which order gradients are added up. Without this, the first step of a
+    resumed run would round differently from the same step of a run that was not stopped.
+    """
+    buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
+    size = training.config.data.batch_size
+    samples = torch.zeros(size, *dataset.input.shape)
+    try:
+        with training.autocast():
+            logits = training.replica(training.inputs(samples))
+        shape = (size, len(dataset.classes))
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigError(f"model: gives {found} where logits of shape {shape} are needed")
+        (logits.float().sum() * 0).backward()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"data.batch_size={size} is too much for the memory of {training.device}: "
+            f"{str(error).splitlines()[0]}; choose a smaller one, with more of "
+            f"optim.accumulate={training.config.optim.accumulate} for the same step, or "
+            "numerics.precision=bfloat16"
+        ) from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"model: cannot learn from images of shape {dataset.input.shape}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    training.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in training.model.named_buffers():
+            buffer.copy_(buffers[name])

@@ -1,0 +1,103 @@
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from syncbn.train.launch.sweep import job_name
+from syncbn.train.run.directory import RunDirectory
+from tests.support.processes import REPOSITORY, TRAIN, run
+
+TINY = ["max_steps=2", "track=none", "launch.device=cpu", "launch.nproc=1"]
+HERE = "tests.syncbn.train.test_sweep"
+
+
+def make(in_channels: int, num_classes: int, fails: str) -> nn.Module:
+    """Return a model, or fail in one of the ways in which a job can."""
+    match fails:
+        case "sys_exit":
+            sys.exit(3)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case _:
+            pass
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+
+@pytest.mark.long
+def test_jobs_that_fail_are_recorded_with_their_own_error_and_the_others_finish(
+    tmp_path: Path,
+) -> None:
+    sweep = [*TRAIN, "-m", *TINY, "model=custom", f"model.factory={HERE}:make"]
+    sweep += ["sweep_dir=sweep"]
+    kinds = "+model.arguments.fails=no,sys_exit,kill"
+    result = run([*sweep, kinds, "seed=1"], tmp_path, 300, PYTHONPATH=str(REPOSITORY))
+    assert result.returncode == 1
+    said = {path.name: _result(path) for path in (tmp_path / "sweep").glob("*fails*")}
+    assert len(said) == 3
+    for kind, reason in {
+        "no": "None",
+        "sys_exit": "rank 0 ended with exit code 3",
+        "kill": "rank 0 was killed by SIGKILL",
+    }.items():
+        status, error = said[f"+model.arguments.fails={kind}"]
+        assert status == ("finished" if kind == "no" else "failed")
+        assert error == reason
+    assert "1 of 3 jobs finished, in sweep" in result.stdout
+    assert "\nsyncbn-train: rank 0 was killed by SIGKILL\n" in result.stdout
+    # What has finished is not trained again.
+    again = [*sweep, kinds.replace("sys_exit,kill", "kill"), "seed=1"]
+    result = run(again, tmp_path, 300, PYTHONPATH=str(REPOSITORY))
+    assert result.stdout.count(": starting") == 1
+    assert "+model.arguments.fails=no: finished" in result.stdout
+
+
+def _result(path: Path) -> tuple[str, str]:
+    result = RunDirectory(path).read_result()
+    assert result is not None
+    return result.status, str(result.error)
+
+
+@pytest.mark.long
+def test_job_that_cannot_be_configured_fails_alone(tmp_path: Path) -> None:
+    sweep = [*TRAIN, "-m", *TINY, "model.width=2", "optim.lr=-1,0.1"]
+    result = run(sweep, tmp_path)
+    assert result.returncode == 1
+    assert "optim.lr=-1: failed: optim.lr=-1.0: input should be greater than 0" in result.stdout
+    assert "1 of 2 jobs finished" in result.stdout
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert RunDirectory(directory / "optim.lr=0.1").bundle_dir.exists()
+    assert directory.name.split("-")[-2] == "sweep"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1,2", "unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("norm=sync,batch", "Could not find 'norm/batch'"),
+    ],
+)
+def test_wrong_sweep_is_refused_before_any_job(tmp_path: Path, override: str, message: str) -> None:
+    result = run([*TRAIN, "-m", *TINY, override], tmp_path)
+    assert (result.returncode, result.stdout.count(message)) == (2, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_jobs_tell_them_apart_and_fit_into_a_directory() -> None:
+    names = [
+        job_name(overrides)
+        for overrides in (
+            [],
+            ["norm=sync", "seed=1"],
+            ["data.path=/a/b"],
+            ["data.path=/a_b"],
+            ["model.arguments={a:1}"],
+            ["x=" + "1" * 300],
+            ["x=" + "1" * 301],
+        )
+    ]
+    assert names[:2] == ["defaults", "norm=sync,seed=1"]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and len(name) < 200 for name in names)

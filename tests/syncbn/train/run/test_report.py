@@ -1,0 +1,166 @@
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from syncbn.train.run.plots import plot_curves
+from syncbn.train.run.report import best_epoch, duration, read_records, read_result, summarize
+
+Record = dict[str, Any]
+
+
+def _epoch(epoch: int, **changed: Any) -> Record:
+    record = {
+        "epoch": epoch,
+        "step": 90 * epoch,
+        "lr": 0.1 / epoch,
+        "train_loss": 2 / epoch,
+        "train_accuracy": 1 - 0.5 / epoch,
+        "test_loss": 2.2 / epoch,
+        "test_accuracy": 1 - 0.6 / epoch,
+        "images_per_s": 1000.0 + epoch,
+    }
+    return record | changed
+
+
+def _step(step: int) -> Record:
+    return {"step": step, "epoch": step / 90, "lr": 0.1, "loss": 2.3, "accuracy": 0.2}
+
+
+def _run(path: Path, epochs: Sequence[Record], steps: Sequence[Record] = (), **result: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, records in (("metrics.jsonl", epochs), ("steps.jsonl", steps)):
+        (path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    if result:
+        (path / "result.json").write_text(json.dumps(result))
+    return path
+
+
+def _painted(file: Path) -> float:
+    """Return the variance of a picture's pixels, after checking that it is of a sensible size."""
+    image: Any = imread(file)
+    height, width, _ = image.shape
+    assert 400 <= height <= 1500
+    assert 800 <= width <= 2000
+    return float(image[..., :3].var())
+
+
+def test_records_before_a_cut_line_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_records(file) == ([], [])
+    file.write_text('{"epoch": 1}\n{"epoch": 2, "test_loss": NaN}\n{"epoch": 3, "te')
+    records, damaged = read_records(file)
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert damaged == []
+
+
+def test_damaged_lines_are_numbered_and_the_others_read(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"epoch": 1}\n{"epo\n[1]\n\xff\xfe\n{"lr": null}\n{"epoch": 6}\n')
+    assert read_records(file) == ([{"epoch": 1}, {"epoch": 6}], [2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"error": null}', '{"status": "done"}', "{"])
+def test_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "result.json"
+    assert read_result(file) == {}
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"no status of finished, failed, interrupted|Expecting"):
+        read_result(file)
+
+
+def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
+    epochs = [
+        _epoch(1, test_accuracy=math.nan, ema_test_accuracy=0.99),
+        _epoch(2, test_accuracy=0.9, test_loss=math.inf),
+        _epoch(3, test_accuracy=0.9, test_loss=0.2),
+        _epoch(4, test_accuracy=0.9, test_loss=0.1),
+        _epoch(5, test_accuracy=0.9, test_loss=0.1),
+        _epoch(6, test_accuracy=0.8, test_loss=0.01),
+    ]
+    assert best_epoch(epochs) is epochs[3]
+    assert best_epoch(epochs, "ema_") is epochs[0]
+    assert best_epoch(epochs[:1]) == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (math.nan, "–"),
+        (7.25, "7.2 s"),
+        (187.4, "3 min 07 s"),
+        (3599.7, "1 h 00 min"),
+        (7384, "2 h 03 min"),
+    ],
+)
+def test_duration_has_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+_AVERAGED = [
+    _epoch(epoch, ema_test_loss=1.0, ema_test_accuracy=0.5, train_loss=0.02) for epoch in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "steps"),
+    [
+        ("$x^{$", _AVERAGED, [_step(10 * k) for k in range(1, 30)]),
+        ("one epoch", [_epoch(1, train_loss=0.0)], []),
+        ("no epoch", [], [_step(10), _step(20)]),
+        ("gaps", [_epoch(1), _epoch(2, test_loss=math.nan, train_loss=math.inf), {"epoch": 3}], []),
+        ("nothing", [], []),
+    ],
+)
+def test_curves_are_drawn_of_what_there_is(
+    tmp_path: Path, name: str, epochs: list[Record], steps: list[Record]
+) -> None:
+    run = _run(tmp_path / name, epochs, steps)
+    before = {file.name for file in run.iterdir()}
+    assert plot_curves(run) == run / "curves.png"
+    assert {file.name for file in run.iterdir()} == before | {"curves.png"}
+    assert _painted(run / "curves.png") > 0.002
+
+
+def test_picture_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        plot_curves(tmp_path)
+
+
+def test_summary_says_how_a_run_ended(tmp_path: Path) -> None:
+    epochs = [_epoch(1), _epoch(2, test_accuracy=0.98765), _epoch(3, test_accuracy=0.9)]
+    result = {"error": None, "metrics": epochs[1], "duration_s": 187.4}
+    run = _run(tmp_path, epochs, (), status="finished", **result)
+    (run / "bundle").mkdir()
+    assert summarize(run).splitlines() == [
+        "status  finished after 3 epochs, 270 steps",
+        "best    epoch 2: test accuracy 98.77 %, test loss 1.1000",
+        "last    epoch 3: test accuracy 90.00 %, test loss 0.7333, training loss 0.6667",
+        "time    3 min 07 s, 1002 images/s",
+        f"bundle  {run}/bundle",
+    ]
+
+
+def test_summary_tells_the_exported_model(tmp_path: Path) -> None:
+    epochs = [_epoch(1, ema_test_accuracy=0.5, ema_test_loss=0.75)]
+    recalibrated = epochs[0] | {"ema_test_accuracy": 0.625}
+    run = _run(tmp_path, epochs, status="finished", metrics=recalibrated, duration_s=1.0)
+    assert (
+        "best    epoch 1: test accuracy of the averaged weights 62.50 %, test loss 0.7500\n"
+        "last    epoch 1: test accuracy of the averaged weights 50.00 %, test loss 0.7500, "
+    ) in summarize(run)
+
+
+def test_summary_of_a_failed_run_says_why(tmp_path: Path) -> None:
+    assert summarize(tmp_path).splitlines()[0] == "status  has not ended after 0 epochs, 0 steps"
+    run = _run(tmp_path, [], status="failed", error="the loss is nan", metrics={}, duration_s=0)
+    assert summarize(run).splitlines() == [
+        "status  failed after 0 epochs, 0 steps",
+        "error   the loss is nan",
+        "time    0.0 s",
+    ]
