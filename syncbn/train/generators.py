@@ -72,3 +72,14 @@ def seed_generators(seed: int, position: Position) -> None:
     torch.manual_seed(int(value))
     np.random.seed(int(value))
     random.seed(int(value))
+
+
+def seed_alike(seed: int) -> None:
+    """Seed the generators by the job's seed alone, the same on every rank.
+
+    For what runs before training, such as a user's function that splits data at random.
+    """
+    (value,) = np.random.SeedSequence(seed).generate_state(1)
+    torch.manual_seed(int(value))
+    np.random.seed(int(value))
+    random.seed(int(value))

@@ -1,8 +1,8 @@
-"""Data sets by name: raw samples in a fixed split, and what a bundle has to say about them."""
+"""Data sets by name: raw samples in three splits, and what a bundle has to say about them."""
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
-from syncbn.errors import ConfigError, SyncBNError
+from syncbn.errors import ConfigError
+from syncbn.train.data.checks import check_dataset
 from syncbn.train.data.images import TensorImages, read_cifar, read_folder, read_idx
-from syncbn.train.data.sampling import Key, Samples
+from syncbn.train.data.sampling import Batch, Samples
+from syncbn.train.data.splits import Part, hold_out
+from syncbn.train.generators import seed_alike
 from syncbn.train.schema import (
     AugmentedConfig,
     CustomDataConfig,
@@ -29,45 +32,71 @@ FASHION_CLASSES = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """Raw samples with their labels, split into training and test data.
+    """Raw samples with their targets, split into what trains, what selects and what measures.
+
+    Targets are labels, shape (n,), int64, or masks, shape (n, H, W), int64, in which 255 marks
+    pixels that count for nothing. No sample is in two splits.
 
     Attributes:
         train: what is random about a sample of it depends on seed, epoch and index alone.
-        test: likewise samples of shape `input.shape`; no training sample is among them.
+        test: samples that are looked at once, at the end; None: there are none.
         classes: the name of each label.
         input: what one sample looks like.
         preprocessing: what turns samples into a model's input, from the training data alone.
+        validation: samples by which epochs are compared, not changed at random. None: there are
+            none, until `load_dataset` takes a share of the training samples if it is told to.
+        palette: for masks, the color (red, green, blue; 0 to 255) of each class in pictures.
     """
 
     train: Samples
-    test: Samples
+    test: Samples | None
     classes: tuple[str, ...]
     input: InputSpec
     preprocessing: Preprocessing
+    validation: Samples | None = None
+    palette: tuple[tuple[int, int, int], ...] | None = None
 
 
-def load_dataset(config: DataConfig, seed: int) -> Dataset:
+def load_dataset(config: DataConfig, seed: int, *, any_targets: bool = False) -> Dataset:
     """Return the configured data set; reads local files, and never the network.
+
+    The random generators of Python, NumPy and torch are seeded first, the same on every rank, so
+    that what a function of the user's draws is the same on each and in each attempt at a run.
+
+    Args:
+        config: which data set, and which share of its training samples validates if it has no
+            validation samples of its own.
+        seed: decides that share, the random changes of training samples, and what is drawn.
+        any_targets: whether targets may be other tensors than labels and masks.
 
     Raises:
         ConfigError: its files are missing or damaged, the user's own function fails, or its parts
             do not fit each other.
     """
+    seed_alike(seed)
     dataset = DATASETS[config.name](config, seed)
     match config:
         case CustomDataConfig():
-            _check(dataset, f"data.factory={config.factory}")
+            where = f"data.factory={config.factory}"
         case AugmentedConfig() | FolderConfig():
-            _check(dataset, f"data.path={config.path}")
+            where = f"data.path={config.path}"
         case _:
-            _check(dataset, f"data={config.name}")
+            where = f"data={config.name}"
+    check_dataset(dataset, where, any_targets)
+    if dataset.validation is None and config.validation > 0:
+        train, validation = hold_out(dataset.train, config.validation, seed)
+        dataset = replace(dataset, train=train, validation=validation)
     return dataset
 
 
-def digits() -> Dataset:
+def digits(validation: float = 0.0, seed: int = 0) -> Dataset:
     """Return scikit-learn's handwritten digits: 1437 training and 360 test images, 1×8×8, 0 to 16.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI (1998).
+
+    Args:
+        validation: the share of the 1437 that validates instead; 0: none.
+        seed: decides which of them.
     """
     # They take a second, and other data sets need neither.
     from sklearn.datasets import load_digits
@@ -79,29 +108,32 @@ def digits() -> Dataset:
         torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in split[:2]
     )
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
+    train, held_out = hold_out(TensorImages(train_x, train_y), validation, seed)
     scale = 1 / 16
+    seen = train_x if not isinstance(train, Part) else train_x[train.indices]
     return Dataset(
-        train=TensorImages(train_x, train_y),
+        train=train,
         test=TensorImages(test_x, test_y),
         classes=tuple(str(digit) for digit in range(10)),
         input=_input(train_x),
         preprocessing=Preprocessing(
             scale=scale,
-            mean=(train_x.mul(scale).mean().item(),),
-            std=(train_x.mul(scale).std().item(),),
+            mean=(seen.mul(scale).mean().item(),),
+            std=(seen.mul(scale).std().item(),),
         ),
+        validation=held_out,
     )
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
-    return digits()
+    return digits(config.validation, seed)
 
 
 def _cifar10(config: DataConfig, seed: int) -> Dataset:
     """Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009)."""
     assert isinstance(config, AugmentedConfig)
     train, test, classes = read_cifar(config.path)
-    return _of_bytes(config, seed, train, test, classes)
+    return _of_bytes(config, seed, _augmented(config, seed, train), TensorImages(*test), classes)
 
 
 def _mnist(config: DataConfig, seed: int) -> Dataset:
@@ -112,7 +144,8 @@ def _mnist(config: DataConfig, seed: int) -> Dataset:
         "https://github.com/cvdfoundation/mnist, or another mirror"
     )
     train, test = read_idx(config.path, how)
-    return _of_bytes(config, seed, train, test, tuple(str(digit) for digit in range(10)))
+    classes = tuple(str(digit) for digit in range(10))
+    return _of_bytes(config, seed, _augmented(config, seed, train), TensorImages(*test), classes)
 
 
 def _fashion_mnist(config: DataConfig, seed: int) -> Dataset:
@@ -123,15 +156,18 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Dataset:
         "https://github.com/zalandoresearch/fashion-mnist"
     )
     train, test = read_idx(config.path, how)
-    return _of_bytes(config, seed, train, test, FASHION_CLASSES)
+    return _of_bytes(
+        config, seed, _augmented(config, seed, train), TensorImages(*test), FASHION_CLASSES
+    )
 
 
 def _folder(config: DataConfig, seed: int) -> Dataset:
     assert isinstance(config, FolderConfig)
-    train, test, classes = read_folder(config, seed)
+    found, classes = read_folder(config, seed)
     return Dataset(
-        train=train,
-        test=test,
+        train=found["train"],
+        test=found.get("test"),
+        validation=found.get("val"),
         classes=classes,
         input=InputSpec(name="image", shape=(3, config.size, config.size), dtype="float32"),
         # ImageNet's, as for torchvision's own classifiers: reading all images first takes long.
@@ -156,13 +192,8 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
         return TensorImages(torch.from_numpy(images), torch.arange(count) % config.classes)
 
     train, test = split(config.samples), split(config.test_samples)
-    return Dataset(
-        train=train,
-        test=test,
-        classes=tuple(str(number) for number in range(config.classes)),
-        input=_input(train.samples),
-        preprocessing=_standardizing(train.samples),
-    )
+    classes = tuple(str(number) for number in range(config.classes))
+    return _of_bytes(config, seed, train, test, classes)
 
 
 def _custom(config: DataConfig, seed: int) -> Dataset:
@@ -206,84 +237,38 @@ DATASETS: Mapping[str, Callable[[DataConfig, int], Dataset]] = {
 }
 
 
-def _check(dataset: Dataset, where: str) -> None:
-    """Raise where parts of a data set do not fit, which hours of training would end in."""
-    channels = dataset.input.shape[0]
-    values = len(dataset.preprocessing.mean), len(dataset.preprocessing.std)
-    if values != (channels, channels):
-        raise ConfigError(
-            f"{where}: preprocessing has {values[0]} means and {values[1]} deviations; "
-            f"input.shape={dataset.input.shape} needs {channels} of each, one a channel"
-        )
-    classes: Any = dataset.classes  # whatever somebody else's code put there
-    if not (isinstance(classes, tuple) and classes and all(isinstance(c, str) for c in classes)):
-        raise ConfigError(f"{where}: classes is {classes!r}; it must be a tuple of names")
-    for split, samples in (("train", dataset.train), ("test", dataset.test)):
-        if len(samples) == 0:
-            raise ConfigError(f"{where}: {split} has no samples; it needs at least one")
-        ends = [(0, 0), (0, len(samples) - 1)]
-        labels = _check_batch(dataset, f"{where}: {split}", samples, ends)
-        # None at all is what a rank gets that is left without a share of an epoch's last batch.
-        _check_batch(dataset, f"{where}: {split}", samples, [])
-        if isinstance(samples, TensorImages):
-            labels = samples.labels
-        if labels.min() < 0 or labels.max() >= len(classes):
-            wrong = int(labels.min() if labels.min() < 0 else labels.max())
-            raise ConfigError(
-                f"{where}: {split} has the label {wrong}, but there are {len(classes)} classes; "
-                f"labels must be from 0 to {len(classes) - 1}"
-            )
-
-
-def _check_batch(dataset: Dataset, where: str, samples: Samples, keys: list[Key]) -> Tensor:
-    """Return the labels of keys, whose samples must be as the data set says."""
-    try:
-        batch: Any = samples.__getitems__(keys)
-        found = [(tuple(part.shape), part.dtype) for part in batch]
-    except SyncBNError:
-        raise
-    except Exception as error:  # whatever somebody else's code raises
-        raise ConfigError(
-            f"{where}.__getitems__({keys}) failed: {type(error).__name__}: {error}; it must return "
-            "samples and labels as two tensors, for any number of keys, also none"
-        ) from error
-    shape = (len(keys), *dataset.input.shape)
-    if [each for each, _ in found] != [shape, (len(keys),)] or found[1][1] != torch.int64:
-        shown = " and ".join(f"{dtype} of shape {each}" for each, dtype in found)
-        raise ConfigError(
-            f"{where}.__getitems__({keys}) returned {shown}; it must return samples of shape "
-            f"{shape}, as input.shape={dataset.input.shape} says, and labels of shape "
-            f"({len(keys)},) and dtype torch.int64"
-        )
-    return batch[1]
-
-
 def _of_bytes(
-    config: AugmentedConfig,
-    seed: int,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    classes: tuple[str, ...],
+    config: DataConfig, seed: int, train: TensorImages, test: TensorImages, classes: tuple[str, ...]
 ) -> Dataset:
+    """Return a data set of uint8 images in memory, a share of which validates."""
+    images = train.samples
+    trained, validation = hold_out(train, config.validation, seed)
     return Dataset(
-        train=TensorImages(*train, seed, config.crop_padding, config.flip),
-        test=TensorImages(*test),
+        train=trained,
+        test=test,
         classes=classes,
-        input=_input(train[0]),
-        preprocessing=_standardizing(train[0]),
+        input=_input(images),
+        preprocessing=_standardizing(
+            images, trained.indices if isinstance(trained, Part) else slice(None)
+        ),
+        validation=validation,
     )
+
+
+def _augmented(config: AugmentedConfig, seed: int, images: Batch) -> TensorImages:
+    return TensorImages(*images, seed, config.crop_padding, config.flip)
 
 
 def _input(samples: Tensor) -> InputSpec:
     return InputSpec(name="image", shape=tuple(samples.shape[1:]), dtype="float32")
 
 
-def _standardizing(images: Tensor) -> Preprocessing:
-    """Return what gives each channel of uint8 images mean 0 and deviation 1; from histograms."""
+def _standardizing(images: Tensor, which: Tensor | slice) -> Preprocessing:
+    """Return what gives each channel of some uint8 images mean 0 and deviation 1; by histograms."""
     means: list[float] = []
     deviations: list[float] = []
     for channel in images.unbind(1):
-        counts = torch.bincount(channel.flatten(), minlength=256).double()
+        counts = torch.bincount(channel[which].flatten(), minlength=256).double()
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = (counts @ values / counts.sum()).item()
         means.append(mean)

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from syncbn.train.schema import FolderConfig
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _IDX_CLASSES = 10
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -79,6 +81,10 @@ class TensorImages:
             changed[mirrored] = changed[mirrored, ..., ::-1]
         return torch.from_numpy(changed), labels
 
+    def plain(self) -> "TensorImages":
+        """Return the same images without random changes."""
+        return TensorImages(self.samples, self.labels)
+
 
 class FolderImages:
     """Images in files, decoded when they are fetched, as RGB of one size.
@@ -87,6 +93,9 @@ class FolderImages:
         files: paths and labels.
         config: the size, and how images are changed at random.
         seed: decides the changes; None: there are none, but the middle of each image.
+
+    Attributes:
+        labels: of all images, shape (N,), int64.
     """
 
     def __init__(
@@ -95,9 +104,14 @@ class FolderImages:
         self._files = files
         self._config = config
         self._seed = seed
+        self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def plain(self) -> "FolderImages":
+        """Return the middle of each of the same images, without random changes."""
+        return FolderImages(self._files, self._config, None)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """Return the images of keys, changed, shape (n, 3, size, size), uint8, and their labels."""
@@ -105,8 +119,7 @@ class FolderImages:
         images = torch.empty(len(keys), 3, size, size, dtype=torch.uint8)
         for number, key in enumerate(keys):
             images[number] = self._image(key)
-        labels = [self._files[index][1] for _, index in keys]
-        return images, torch.tensor(labels, dtype=torch.int64)
+        return images, self.labels[[index for _, index in keys]]
 
     def _image(self, key: Key) -> Tensor:
         from PIL import Image
@@ -204,34 +217,82 @@ def read_idx(path: str, how: str) -> tuple[Batch, Batch]:
     return splits[0], splits[1]
 
 
-def read_folder(
-    config: FolderConfig, seed: int
-) -> tuple[FolderImages, FolderImages, tuple[str, ...]]:
-    """Return the images below path/train/CLASS and path/test/CLASS, or path/val, and the classes.
+def read_folder(config: FolderConfig, seed: int) -> tuple[dict[str, FolderImages], tuple[str, ...]]:
+    """Return the images below path/train/CLASS, val/CLASS and test/CLASS, and the classes.
+
+    One of val and test may be missing, and either may lack classes that train has.
+
+    Returns:
+        The splits that there are, by the names of their directories; only those of train are
+        changed at random.
 
     Raises:
-        ConfigError: there are none, or the classes are not the same.
+        ConfigError: train, or both others, are missing or hold no image; a class of training holds
+            none; another split has a class that training lacks; a class's name is not Unicode.
     """
-    from torchvision.datasets import ImageFolder
-
     path = Path(config.path)
-    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), path / "test")
     try:
-        splits = [ImageFolder(path / "train"), ImageFolder(test)]
+        classes = _class_names(path / "train")
+        splits = {"train": _files(path / "train", classes)}
+        empty = sorted(set(range(len(classes))) - {label for _, label in splits["train"]})
+        if empty:
+            names = _listed([classes[label] for label in empty])
+            raise FileNotFoundError(f"there is no image of {names} in {path / 'train'}")
+        for split in ("val", "test"):
+            if (path / split).is_dir():
+                more = sorted(set(_class_names(path / split)) - set(classes))
+                if more:
+                    raise ConfigError(
+                        f"data.path={path}: {_listed(more)} is in {path / split} and not in "
+                        f"{path / 'train'}; nothing can be learned of it, so remove it, or add "
+                        "images of it for training"
+                    )
+                splits[split] = _files(path / split, classes)
+                if not splits[split]:
+                    raise FileNotFoundError(f"there is no image in {path / split}")
+        if len(splits) == 1:
+            raise FileNotFoundError(f"there is neither {path / 'val'} nor {path / 'test'}")
     except OSError as error:
         raise ConfigError(
-            f"data.path={path}: there must be images in {path}/train/CLASS and in "
-            f"{path}/test/CLASS or {path}/val/CLASS: {error}"
+            f"data.path={path}: there must be images in {path}/train/CLASS, and in "
+            f"{path}/val/CLASS, {path}/test/CLASS or both: {error}"
         ) from error
-    if splits[0].classes != splits[1].classes:
-        odd = sorted(set(splits[0].classes) ^ set(splits[1].classes))
-        names = ", ".join(odd[:5]) + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
-        raise ConfigError(
-            f"data.path={path}: {names} is in {path / 'train'} or in {test} alone; both must have "
-            "the same classes"
-        )
-    train_images = FolderImages(splits[0].samples, config, seed)
-    return train_images, FolderImages(splits[1].samples, config, None), tuple(splits[0].classes)
+    images = {
+        split: FolderImages(files, config, seed if split == "train" else None)
+        for split, files in splits.items()
+    }
+    return images, classes
+
+
+def _class_names(directory: Path) -> tuple[str, ...]:
+    """Return the names of the directories in a directory, in order."""
+    names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    if not names:
+        raise FileNotFoundError(f"there is no directory in {directory}")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"data.path: the name of the directory {os.fsencode(directory / name)!r} is not "
+                "UTF-8, so that no bundle could hold it as the name of a class; rename it"
+            ) from error
+    return tuple(names)
+
+
+def _files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+    """Return the images below the directories of classes, and their labels, in order."""
+    return [
+        (str(Path(root) / name), label)
+        for label, class_ in enumerate(classes)
+        for root, _, names in sorted(os.walk(directory / class_, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(_EXTENSIONS)
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def _random_words(seed: int, keys: list[Key]) -> _Array:

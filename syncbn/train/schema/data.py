@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from syncbn.train.schema.types import Factory, Share
+from syncbn.train.schema.types import BelowOne, Factory, Share
 
 
 class Shares(Enum):
@@ -24,6 +24,8 @@ class DataConfig:
     batch_size: PositiveInt
     workers: NonNegativeInt
     shares: Shares = Shares.mixed
+    # Not conf's default, for the configurations of runs from before there was a validation split.
+    validation: BelowOne = 0.0
 
 
 @dataclass(kw_only=True)

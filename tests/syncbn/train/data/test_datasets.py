@@ -12,6 +12,7 @@ from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
 from syncbn.errors import ConfigError
+from syncbn.train.data.checks import kind_of_targets
 from syncbn.train.data.datasets import DATASETS, Dataset, digits, load_dataset
 from syncbn.train.data.images import TensorImages
 from syncbn.train.data.sampling import Batch, Key
@@ -43,6 +44,7 @@ def test_digits_are_split_the_same_way_each_time() -> None:
     for mine, theirs in ((one.train, other.train), (one.test, other.test)):
         assert all(map(torch.equal, fetch_all(mine), fetch_all(theirs)))
     # A few digits are equal in all 64 pixels, so it is sizes that show nothing was counted twice.
+    assert one.test is not None
     assert (len(one.train), len(one.test)) == (1437, 360)
 
 
@@ -182,11 +184,11 @@ def _made(**changes: Any) -> Dataset:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[Dataset], Dataset]:
-    def load(dataset: Dataset) -> Dataset:
+    def load(dataset: Dataset, **options: Any) -> Dataset:
         module = ModuleType("my_data")
         vars(module)["make"] = lambda **_: dataset  # pyright: ignore[reportUnknownLambdaType] -- takes whatever it is given
         monkeypatch.setitem(sys.modules, "my_data", module)
-        return load_dataset(_custom("my_data:make"), seed=0)
+        return load_dataset(_custom("my_data:make"), seed=0, **options)
 
     return load
 
@@ -212,6 +214,12 @@ def test_a_data_set_need_not_be_of_images(load: Callable[[Dataset], Dataset]) ->
         ({"classes": ()}, r"classes is \(\); it must be a tuple of names"),
         ({"classes": ["no", "yes"]}, r"classes is \['no', 'yes'\]; it must be a tuple of names"),
         ({"classes": (0, 1)}, r"classes is \(0, 1\); it must be a tuple of names"),
+        ({"classes": ("yes", "no", "yes", "no", "so")}, "'yes', 'no' stands more than once in cl"),
+        ({"classes": ("no", "\udce9")}, r"the class name '\\udce9' is not Unicode"),
+        ({"palette": ((0, 0, 0),)}, "palette must have three numbers .* each of the 2 classes"),
+        ({"palette": ((0, 0, 0), (0, 0, 256))}, "palette must have three numbers from 0 to 255"),
+        ({"validation": Samples(FIT[:0], LABELS[:0])}, "validation has no samples; it needs at"),
+        ({"validation": Samples(FIT, LABELS + 1)}, "validation has the label 2, but there are 2"),
         ({"train": Samples(FIT[:0], LABELS[:0])}, "train has no samples; it needs at least one"),
         ({"test": Samples(FIT[:0], LABELS[:0])}, "test has no samples; it needs at least one"),
         ({"train": Samples(torch.zeros(3, 3, 4), LABELS)},
@@ -246,3 +254,69 @@ def test_all_labels_in_memory_are_looked_at(load: Callable[[Dataset], Dataset]) 
     )
     with pytest.raises(ConfigError, match="train has the label 7, but there are 2 classes"):
         load(dataset)
+
+
+# Targets of other kinds.
+
+MASKS = torch.tensor([0, 1, 255, 1])[torch.arange(48) % 4].view(3, 4, 4)
+
+
+def _of_masks(masks: Tensor, **changes: Any) -> Dataset:
+    samples = Samples(torch.zeros(3, 2, 4, 4), masks)
+    shape = InputSpec(name="image", shape=(2, 4, 4), dtype="float32")
+    return _made(train=samples, test=samples, input=shape, **changes)
+
+
+def test_targets_may_be_masks_in_which_255_counts_for_nothing(
+    load: Callable[[Dataset], Dataset],
+) -> None:
+    assert kind_of_targets(load(_of_masks(MASKS))) == "masks"
+    with pytest.raises(ConfigError, match=r"train has the pixel value 3, .* 0 to 1, or 255 if"):
+        load(_of_masks(MASKS + (MASKS == 0) * 3))
+
+
+def test_all_splits_have_one_kind_of_targets(load: Callable[[Dataset], Dataset]) -> None:
+    labels = Samples(torch.zeros(3, 2, 4, 4), LABELS)
+    with pytest.raises(ConfigError, match="train has masks, test has labels; all splits must"):
+        load(dataclasses.replace(_of_masks(MASKS), test=labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_targets_of_other_kinds_are_for_tasks_that_take_them(
+    load: Callable[..., Dataset], dtype: torch.dtype
+) -> None:
+    samples = Samples(FIT, torch.zeros(3, 5, dtype=dtype))
+    dataset = _made(train=samples, test=samples, classes=())
+    assert kind_of_targets(load(dataset, any_targets=True)) == "other"
+    with pytest.raises(ConfigError, match="classes"):
+        load(dataset)
+    with pytest.raises(ConfigError, match=r"of shape \(2, 5\); .* labels of shape \(2,\)"):
+        load(dataclasses.replace(dataset, classes=("a", "b")))
+    short = Samples(FIT, torch.zeros(3, 5), lambda: (FIT[:0], torch.zeros(1)))
+    with pytest.raises(ConfigError, match=r"targets whose first axis has the length 0"):
+        load(dataclasses.replace(dataset, test=short), any_targets=True)
+
+
+# What a user's function draws at random.
+
+DRAWING = """
+import random
+import numpy, torch
+drawn = []
+def make(**_):
+    from syncbn.train.data.datasets import digits
+    drawn.append((random.random(), numpy.random.rand(), torch.rand(()).item()))
+    return digits()
+"""
+
+
+def test_generators_are_seeded_by_the_job_before_a_users_function_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_drawing.py").write_text(DRAWING)
+    monkeypatch.syspath_prepend(tmp_path)
+    for seed in (3, 3, 4, 2**63 - 1):
+        load_dataset(_custom("my_drawing:make"), seed=seed)
+    drawn = sys.modules.pop("my_drawing").drawn
+    assert drawn[0] == drawn[1]
+    assert len({each for draw in drawn for each in draw}) == 9

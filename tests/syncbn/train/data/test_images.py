@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 import zlib
@@ -28,7 +29,8 @@ def random_bytes(*shape: int) -> Bytes:
     return CHANCE.integers(0, 256, shape, dtype=np.uint8)
 
 
-def fetch_all(samples: Samples, epoch: int = 0) -> tuple[Tensor, Tensor]:
+def fetch_all(samples: Samples | None, epoch: int = 0) -> tuple[Tensor, Tensor]:
+    assert samples is not None
     return samples.__getitems__([(epoch, index) for index in range(len(samples))])
 
 
@@ -344,6 +346,7 @@ def test_missing_fashion_mnist_is_explained(tmp_path: Path) -> None:
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_fashion_mnist_of_debian_is_the_published_one() -> None:
     dataset = load_dataset(_fashion(DEBIAN), seed=0)
+    assert dataset.test is not None
     assert (len(dataset.train), len(dataset.test)) == (60000, 10000)
     assert dataset.input.shape == (1, 28, 28)
     # As its authors and everybody since have them.
@@ -467,14 +470,14 @@ def _as_array(image: Tensor) -> Bytes:
     return image.permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_folders_are_classes(tmp_path: Path, held_out: str) -> None:
-    written = _write_folder(tmp_path, held_out)
+def test_folders_are_classes(tmp_path: Path) -> None:
+    written = _write_folder(tmp_path)
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     dataset = load_dataset(_folder(tmp_path), seed=0)
     images, labels = fetch_all(dataset.train)
     assert dataset.classes == ("cat", "dog")
     assert (labels.tolist(), labels.dtype) == ([0, 0, 0, 1, 1, 1], torch.int64)
+    assert dataset.test is not None
     assert len(dataset.test) == 2
     assert dataset.input.shape == (3, 16, 16)
     # Of a square image, a crop of its whole area is the image.
@@ -564,9 +567,10 @@ def test_loading_images_leaves_the_generators_of_gpus_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write_folder(tmp_path)
+    samples = load_dataset(_folder(tmp_path, flip=True), seed=0).train
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    fetch_all(load_dataset(_folder(tmp_path, flip=True), seed=0).train)
+    fetch_all(samples)
     assert seeded == []
 
 
@@ -654,19 +658,42 @@ def test_images_of_any_size_are_brought_to_one(tmp_path: Path, shape: tuple[int,
         _save(tmp_path / split / "cat" / "0.png", random_bytes(*shape))
     dataset = load_dataset(_folder(tmp_path, size=64, crop_scale_min=0.5), seed=0)
     for samples in (dataset.train, dataset.test):
+        assert samples is not None
         images, _ = samples.__getitems__([(0, 0)])
         assert (images.shape, images.dtype) == ((1, 3, 64, 64), torch.uint8)
 
 
-def test_classes_must_be_the_same_in_both_splits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_training_lacks_is_refused(tmp_path: Path, split: str) -> None:
     _write_folder(tmp_path)
-    _save(tmp_path / "test" / "horse" / "0.png", random_bytes(16, 16, 3))
-    with pytest.raises(ConfigError, match=rf"data.path={tmp_path}: horse is in .*same classes"):
+    _save(tmp_path / split / "horse" / "0.png", random_bytes(16, 16, 3))
+    with pytest.raises(
+        ConfigError, match=rf"data.path={tmp_path}: horse is in {tmp_path / split} and not in "
+    ):
         load_dataset(_folder(tmp_path), seed=0)
     for number in range(6):
-        _save(tmp_path / "train" / f"bird{number}" / "0.png", random_bytes(16, 16, 3))
+        _save(tmp_path / split / f"bird{number}" / "0.png", random_bytes(16, 16, 3))
     with pytest.raises(ConfigError, match=r": bird0, .*, bird4 and 2 more is in "):
         load_dataset(_folder(tmp_path), seed=0)
+
+
+def test_a_class_without_test_images_keeps_its_place(tmp_path: Path) -> None:
+    _write_folder(tmp_path)
+    (tmp_path / "test" / "cat" / "0.png").unlink()
+    (tmp_path / "test" / "cat").rmdir()
+    dataset = load_dataset(_folder(tmp_path), seed=0)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.test is not None
+    assert fetch_all(dataset.test)[1].tolist() == [1]
+
+
+def test_a_class_directory_that_is_not_utf8_is_refused_before_training(tmp_path: Path) -> None:
+    _write_folder(tmp_path)
+    name = os.fsdecode(b"caf\xe9")
+    _save(tmp_path / "train" / name / "0.png", random_bytes(16, 16, 3))
+    with pytest.raises(ConfigError, match=r"caf\\xe9' is not UTF-8.*rename") as raised:
+        load_dataset(_folder(tmp_path), seed=0)
+    str(raised.value).encode()
 
 
 def _no_train(path: Path) -> None:
