@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from service.control import Control, Wishes
 from service.errors import LoadError, ModelNotFoundError
-from syncbn.bundle import MANIFEST_FILE, WEIGHTS_FILE
+from syncbn.bundle import MANIFEST_FILE, MANIFEST_LIMIT_BYTES, WEIGHTS_FILE
 from syncbn.errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 State = Literal["READY", "LOADING", "UNAVAILABLE"]
 Signature = tuple[tuple[int, int, int] | None, ...]
 _VERSION = re.compile("[1-9][0-9]{0,17}")
-_MANIFEST_LIMIT_BYTES = 1 << 20
 _CONTROL_POLL_S = 0.2
 
 
@@ -458,7 +457,7 @@ def _bundle(path: Path) -> tuple[_Found, Key] | None:
         if not manifest.is_file():
             return None
         with manifest.open("rb") as stream:
-            content = json.loads(stream.read(_MANIFEST_LIMIT_BYTES))
+            content = json.loads(stream.read(MANIFEST_LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
         content = None
     name = content.get("name") if isinstance(content, Mapping) else None

@@ -53,7 +53,7 @@ def _bundle(model: nn.Module) -> Bundle:
     manifest = Manifest(
         **description.model_dump(),
         format="syncbn-bundle",
-        format_version=1,
+        format_version=2,
         weights=Weights(file="model.safetensors", sha256="0" * 64, size_bytes=0),
         versions=Versions(syncbn="0", torch="0"),
     )
