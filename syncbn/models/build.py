@@ -23,8 +23,9 @@ from syncbn.models.normalization import (
     set_normalization,
 )
 from syncbn.models.ours import cnn, mlp
+from syncbn.models.unet import unet
 
-ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = {"cnn": cnn, "mlp": mlp}
+ARCHITECTURES: Mapping[str, Callable[..., nn.Module]] = {"cnn": cnn, "mlp": mlp, "unet": unet}
 
 _SMALL = 256  # values
 
@@ -51,7 +52,8 @@ def build_model(
 
     Args:
         name: a key of `ARCHITECTURES`; `torchvision.` and the name of an image classifier of
-            `torchvision.models`, made without pretrained weights and for any number of channels;
+            `torchvision.models` or a model of `torchvision.models.segmentation`, made without
+            pretrained weights and for any number of channels, the latter a `Segmenter`;
             or `package.module:factory`, a function that is called with in_channels, num_classes
             and the other arguments as keywords, and returns a module.
         arguments: the arguments above, and those of the architecture: booleans, numbers, strings

@@ -12,10 +12,11 @@ _OTHER_LOOPS = {"LBFGS", "SparseAdam"}
 
 
 def torchvision_names() -> tuple[str, ...]:
-    """Return the names of torchvision's image classifiers."""
+    """Return the names of torchvision's image classifiers and segmentation models."""
+    models = _directory("torchvision") / "models"
     names = {
         node.name
-        for file in (_directory("torchvision") / "models").glob("*.py")
+        for file in (*models.glob("*.py"), *(models / "segmentation").glob("*.py"))
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and _is_registered(node)
     }

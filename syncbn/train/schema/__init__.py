@@ -38,6 +38,7 @@ from syncbn.train.schema.model import (
     MlpConfig,
     ModelConfig,
     TorchvisionConfig,
+    UnetConfig,
 )
 from syncbn.train.schema.norm import (
     SYNCHRONIZED,
@@ -106,6 +107,7 @@ __all__ = [
     "TorchvisionConfig",
     "TrackConfig",
     "TrainConfig",
+    "UnetConfig",
     "WandbConfig",
     "WandbMode",
     "WarmupConfig",
@@ -153,7 +155,7 @@ CHOICES: Mapping[str, tuple[type[Any], ...]] = {
         SyntheticConfig,
         CustomDataConfig,
     ),
-    "model": (CnnConfig, MlpConfig, TorchvisionConfig, CustomModelConfig),
+    "model": (CnnConfig, MlpConfig, UnetConfig, TorchvisionConfig, CustomModelConfig),
     "norm": (
         SyncNormConfig,
         LocalNormConfig,

@@ -34,6 +34,15 @@ class MlpConfig(ModelConfig):
 
 
 @dataclass(kw_only=True)
+class UnetConfig(ModelConfig):
+    """conf/model/unet.yaml."""
+
+    name: str = "unet"
+    width: PositiveInt
+    depth: PositiveInt
+
+
+@dataclass(kw_only=True)
 class TorchvisionConfig(ModelConfig):
     """conf/model/torchvision.yaml."""
 

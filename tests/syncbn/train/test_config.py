@@ -104,7 +104,9 @@ def test_wrong_choice_is_refused_with_what_is_valid(overrides: list[str], messag
 def test_names_come_from_the_installed_torch_and_torchvision() -> None:
     import torchvision
 
-    assert list(torchvision_names()) == torchvision.models.list_models(module=torchvision.models)
+    modules = torchvision.models, torchvision.models.segmentation
+    known = [name for module in modules for name in torchvision.models.list_models(module=module)]
+    assert list(torchvision_names()) == sorted(known)
     for name in optimizer_names():
         assert issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
     assert {"SGD", "AdamW", "RMSprop"} < set(optimizer_names())
