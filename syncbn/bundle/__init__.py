@@ -9,6 +9,7 @@ from syncbn.bundle.files import (
     check_exportable,
     is_bundle,
     read_bundle,
+    read_manifest,
     write_bundle,
 )
 from syncbn.bundle.manifest import (
@@ -44,5 +45,6 @@ __all__ = [
     "check_exportable",
     "is_bundle",
     "read_bundle",
+    "read_manifest",
     "write_bundle",
 ]

@@ -159,8 +159,7 @@ def read_bundle(path: Path, *, allow_imports: bool = False) -> Bundle:
             or dtype, or holds values that it may not; the model does not turn an input of the
             declared shape into what its task answers.
     """
-    file = path / MANIFEST_FILE
-    manifest = parse_manifest(_read_file(file, MANIFEST_LIMIT_BYTES), file)
+    manifest = read_manifest(path)
     content = _read_file(path / WEIGHTS_FILE, manifest.weights.size_bytes)
     if len(content) != manifest.weights.size_bytes:
         raise BundleError(
@@ -181,6 +180,19 @@ def read_bundle(path: Path, *, allow_imports: bool = False) -> Bundle:
         return Bundle(manifest, _build(manifest, state, allow_imports))
     except BundleError as error:
         raise BundleError(f"{path}: {error}") from error
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return what a bundle says of itself; its weights are neither read nor verified.
+
+    Args:
+        path: the bundle's directory.
+
+    Raises:
+        BundleError: the manifest is missing, cannot be read, or is not valid.
+    """
+    file = path / MANIFEST_FILE
+    return parse_manifest(_read_file(file, MANIFEST_LIMIT_BYTES), file)
 
 
 def is_bundle(path: Path) -> bool:

@@ -112,6 +112,19 @@ def adopt(layer: Synchronized, shift: Tensor | None = None) -> None:
     layer._memory = memory  # pyright: ignore[reportPrivateUsage, reportArgumentType] -- of this very class
 
 
+def shifts(model: nn.Module) -> dict[str, Tensor]:
+    """Return what each synchronized layer of a model sums about, by the layer's name.
+
+    The mean of its latest batch, shape (C,), float64, the same on all ranks: with the model's
+    state, all that its next output depends on. Copy into them to go back to former ones.
+    """
+    return {
+        name: layer._memory.shift  # pyright: ignore[reportPrivateUsage] -- of this very class
+        for name, layer in model.named_modules()
+        if isinstance(layer, Synchronized)
+    }
+
+
 def check_reducer(reducer: str | None) -> None:
     """Refuse a reducer that is none of `syncbn.comm.reducer.CHOICES`, nor None.
 

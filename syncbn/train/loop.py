@@ -4,39 +4,41 @@ import itertools
 import logging
 import math
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from syncbn.comm.reducer import select_reducer
-from syncbn.errors import ConfigError, SyncBNError, TrainingError
+from syncbn.errors import ConfigError, TrainingError
+from syncbn.train.agreement import gathered, together
+from syncbn.train.data import Batch
 from syncbn.train.data.datasets import load_dataset
-from syncbn.train.data.sampling import Batch, TrainingShare, held_out_batches, make_loader
+from syncbn.train.data.sampling import Loader, TrainingShare, held_out_batches, make_loader
 from syncbn.train.device import compute_deterministically
-from syncbn.train.evaluation import evaluate
+from syncbn.train.evaluation import Evaluation, evaluate
 from syncbn.train.export import export
-from syncbn.train.generators import restore_generators, seed_generators
+from syncbn.train.journal import Journal
+from syncbn.train.judge import Judge, is_good
 from syncbn.train.launch.watchdog import Watch
-from syncbn.train.run.checkpoint import Checkpoint, Position, read_newest
+from syncbn.train.plan import Plan
+from syncbn.train.resume import resume
+from syncbn.train.run.checkpoint import Checkpoint, Position
 from syncbn.train.run.directory import Result, RunDirectory
-from syncbn.train.run.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.run.writer import Records
 from syncbn.train.schema import Shares, TrainConfig
 from syncbn.train.setup import Training, prepare
+from syncbn.train.state import Sums
 from syncbn.train.step import Step, Stepper
+from syncbn.train.tasks import make_task
 from syncbn.train.totals import DeviceTotals, HostTotals
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-_TEST_BATCH_SIZE = 64
+_HELD_OUT_BATCH_SIZE = 64
 
 
 def train(
@@ -44,8 +46,9 @@ def train(
 ) -> Result:
     """Train the configured model over all ranks of the default process group.
 
-    Communicates each step, besides DDP and the layers: one all-reduce of 4 float64, by which all
-    ranks know the loss, and whether to go on; on GPUs mostly one step late, see `step.py`.
+    Communicates each step, besides DDP and the layers: one all-reduce of 3 + S float64, S being the
+    numbers that the task observes, by which all ranks know the loss, and whether to go on; on GPUs
+    mostly one step late, see `step.py`.
 
     Args:
         config: the job, the same on every rank.
@@ -58,8 +61,8 @@ def train(
 
     Raises:
         ConfigError: the data or the model cannot be had as configured, on every rank.
-        TrainingError: a loss is not finite any more, or a file cannot be written or read, on every
-            rank.
+        TrainingError: a loss or a gradient is not finite any more, or a file cannot be written or
+            read, on every rank.
         DataError: a sample cannot be read, on this rank alone.
     """
     if config.numerics.deterministic:
@@ -68,8 +71,8 @@ def train(
     try:
         return loop.train()
     finally:
-        loop.loader.close()
-        loop.test_loader.close()
+        for loader in loop.loaders:
+            loader.close()
 
 
 class _Loop:
@@ -78,9 +81,17 @@ class _Loop:
     ) -> None:
         self.config = config
         self.run = run
+        self.device = device
         self.watch = watch
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        watch.at(0, "loading data")
         self.dataset = together(lambda: load_dataset(config.data, config.seed))
+        self.task = together(lambda: make_task(config, self.dataset))
+        if config.patience is not None and self.dataset.validation is None:
+            raise ConfigError(
+                f"patience={config.patience} needs validation data, by which epochs are compared; "
+                "set data.validation=0.1, or patience=null"
+            )
         self.control = select_reducer(None, torch.device("cpu"))
         self.share = TrainingShare(
             len(self.dataset.train),
@@ -90,29 +101,23 @@ class _Loop:
             config.seed,
             together(self._labels),
         )
-        pinned = device.type == "cuda"
-        self.loader = make_loader(self.dataset.train, self.share, config.data.workers, pinned)
-        held_out = held_out_batches(
-            len(self.dataset.test), _TEST_BATCH_SIZE, self.rank, self.world_size
-        )
-        self.test_loader = make_loader(self.dataset.test, held_out, config.data.workers, pinned)
-        self.steps_per_epoch = self._steps_from(0)
-        self.total_steps = self._capped(config.epochs * self.steps_per_epoch)
+        self.loaders: list[Loader] = []
+        self.loader = self._load(self.dataset.train, self.share)
+        self.plan = Plan(config, len(self.dataset.train), self.world_size)
         watch.at(0, "making the model")
         self.training: Training = together(
-            lambda: prepare(config, self.dataset, device, self.total_steps, self.steps_per_epoch)
+            lambda: prepare(
+                config,
+                self.task,
+                self.dataset,
+                device,
+                self.plan.total_steps,
+                self.plan.steps_per_epoch,
+            )
         )
-        self.position = Position()
-        self.metrics: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.sums = [0.0, 0.0, 0.0]
+        self.validation = self._load_held_out(self.dataset.validation)
         self.records = Records(run, config.checkpoint.keep, device)
-        totals = (
-            HostTotals(self.control)
-            if device.type == "cpu"
-            else DeviceTotals(device, config.launch.timeout_s)
-        )
-        self.stepper = Stepper(self.training, totals, self.records, watch, self._judge)
+        self.journal = Journal(config, run, self.records, self.task, self.plan)
 
     def _labels(self) -> Tensor | None:
         """Return the labels by which the ranks share the training samples, if they do."""
@@ -126,119 +131,109 @@ class _Loop:
             )
         return labels
 
+    def _load(self, samples: Any, batches: Iterable[Any]) -> Loader:
+        pinned = self.device.type == "cuda"
+        loader = make_loader(samples, batches, self.config.data.workers, pinned)
+        self.loaders.append(loader)
+        return loader
+
+    def _load_held_out(self, samples: Any) -> Loader | None:
+        if samples is None:
+            return None
+        size = len(samples), _HELD_OUT_BATCH_SIZE, self.rank, self.world_size
+        return self._load(samples, held_out_batches(*size))
+
     def train(self) -> Result:
         started = time.monotonic()
-        self._resume()
-        tracker = NoTracker() if self.run is None else start_tracker(self.config, self.run)
-        images = len(self.dataset.train)
-        silent = self.run is None or not sys.stderr.isatty()
-        with (
-            tqdm(
-                total=round(images * self.total_steps / self.steps_per_epoch),
-                initial=self.position.epoch * images + self.position.samples,
-                unit=" images",
-                disable=silent,
-                dynamic_ncols=True,
-                smoothing=0.1,
-            ) as progress,
-            logging_redirect_tqdm([logging.getLogger("syncbn")] if not silent else []),
-        ):
-            while self.position.step < self.total_steps:
-                stopped = self._train_epoch(tracker, progress)
+        self.state = resume(self.run, self.training, self.plan, "", self.rank)
+        judge = Judge(
+            self.config,
+            self.training,
+            self.state,
+            self.records,
+            lambda: self._checkpoint(is_best=False),
+            self.plan.samples,
+        )
+        totals = (
+            HostTotals(self.control)
+            if self.device.type == "cpu"
+            else DeviceTotals(self.device, self.config.launch.timeout_s, self.task.statistics)
+        )
+        self.stepper = Stepper(self.training, totals, self.control, self.records, self.watch, judge)
+        with self.journal.showing(self.state.position):
+            while self._goes_on():
+                stopped = self._train_epoch() or self._end_epoch()
                 if stopped:
-                    self._checkpoint(is_best=False)
-                    self.records.finish()
-                    tracker.finish(None)
-                    name = signal.Signals(stopped).name
-                    error = f"stopped by {name} after step {self.position.step}"
-                    log.info("%s; the same command with this run_dir goes on", error)
-                    duration_s = time.monotonic() - started
-                    return Result("interrupted", error, self.best, duration_s, 128 + stopped)
-                self._end_epoch(tracker)
+                    return self._stop(stopped, started)
         self.records.finish()
-        self.watch.at(self.position.step, "exporting")
-        metrics = export(
-            self.training, self.run, self.dataset, self.share, self.best, self._evaluate
+        self.watch.at(self.state.position.step, "exporting")
+        self.share.set_position(0)
+        batches = self._load(self.dataset.train, self.share)
+        exported = export(
+            self.training,
+            self.run,
+            self.dataset,
+            self.state.best,
+            self._until_told(self._watched(batches, "recalibrating")),
+            self._evaluate_finally,
+            self._told,
         )
-        tracker.finish(None if self.run is None else self.run.bundle_dir)
-        return Result("finished", None, metrics, time.monotonic() - started, 0)
-
-    def _resume(self) -> None:
-        """Go to where the newest checkpoint was taken, if there is one."""
-        found: list[Checkpoint | None] = [None]
-
-        def read() -> None:
-            if self.run is not None:
-                found[0] = read_newest(self.run.checkpoints_dir)
-
-        together(read)
-        dist.broadcast_object_list(found, src=0)
-        checkpoint = found[0]
-        if checkpoint is not None:
-            self.position = checkpoint.position
-            self.metrics, self.best = checkpoint.metrics, checkpoint.best
-            self.sums = checkpoint.sums
-            if checkpoint.world_size == self.world_size:
-                self.training.restore(checkpoint)
-                self._restore_generators(checkpoint.generators[self.rank])
-            else:
-                self._restore_elsewhere(checkpoint)
-            log.info(
-                "resuming in epoch %d after step %d", self.position.epoch + 1, self.position.step
-            )
-        if self.run is not None:
-            self.run.forget_after(self.position.step)
-
-    def _restore_generators(self, states: dict[str, Any]) -> None:
-        """Return to a checkpoint's generators, and say where it has none for this device."""
-        device = self.training.device
-        seed_generators(self.config.seed, self.position)  # for those of which it has none
-        restore_generators(states, device)
-        was_on_gpu = "cuda" in states
-        if was_on_gpu != (device.type == "cuda"):
-            log.warning(
-                "the run goes on on %s, and was on %s: random numbers within the model are others, "
-                "and sums round otherwise",
-                device.type,
-                "cuda" if was_on_gpu else "cpu",
-            )
-
-    def _restore_elsewhere(self, checkpoint: Checkpoint) -> None:
-        """Go on with another number of ranks, at the same share of the run and of its schedule."""
-        if self.config.data.shares is Shares.by_class and self.position.samples:
-            raise TrainingError(
-                f"the run stopped within an epoch that {checkpoint.world_size} ranks share by "
-                f"class, and {self.world_size} would share otherwise; go on with "
-                f"{checkpoint.world_size} ranks"
-            )
-        left = self._steps_from(self.position.samples)
-        whole = self.config.epochs - self.position.epoch - 1
-        self.total_steps = self._capped(
-            self.position.step + left + max(0, whole) * self.steps_per_epoch
-        )
-        done = self.position.epoch * self.steps_per_epoch + self.steps_per_epoch - left
-        self.training.restore(checkpoint, min(done, self.total_steps))
-        seed_generators(self.config.seed, self.position)
-        log.warning(
-            "%d ranks go on with what %d have trained: each epoch still sees every sample once, "
-            "and the learning rate is the one for this share of the run, but batches have another "
-            "size, random numbers within the model are others, and sums round otherwise",
-            self.world_size,
-            checkpoint.world_size,
+        if exported is None:
+            return self._stop(self._told(), started)
+        self.journal.finish(is_whole=True)
+        return Result(
+            "finished",
+            None,
+            exported.metrics,
+            time.monotonic() - started,
+            0,
+            [record.model_dump() for record in exported.evaluations],
+            self._objective(),
         )
 
-    def _train_epoch(self, tracker: Tracker, progress: "tqdm[Any]") -> int:
+    def _objective(self) -> float:
+        """Return what a sweep minimizes: an error of the best epoch, on data that it chose by."""
+        name = next(n for n in self._names() if n in self.state.best)
+        value = self.state.best[name]
+        return 1 - value if self.task.maximize else value
+
+    def _names(self) -> Iterator[str]:
+        """Yield where the metric by which epochs are compared is, from best to worst."""
+        for prefix in ("ema_val_", "val_", "train_"):
+            yield f"{prefix}{self.task.best}"
+
+    def _goes_on(self) -> bool:
+        """Return whether there is a step to make, or the end of an epoch has not been noted."""
+        position, patience = self.state.position, self.config.patience
+        if position.samples > 0:
+            return True
+        best = self.state.best.get("epoch", 0)
+        if patience is not None and position.epoch - best >= patience:
+            log.info("no epoch was better than epoch %d for %d epochs", best, patience)
+            return False
+        return position.step < self.plan.total_steps
+
+    def _stop(self, number: int, started: float) -> Result:
+        """Write the state, and return how the run was stopped."""
+        self._checkpoint(is_best=False)
+        self.records.finish()
+        self.journal.finish(is_whole=False)
+        name = signal.Signals(number).name
+        error = f"stopped by {name} after step {self.state.position.step}"
+        log.info("%s; the same command with this run_dir goes on", error)
+        duration_s = time.monotonic() - started
+        return Result("interrupted", error, self.state.best, duration_s, 128 + number)
+
+    def _train_epoch(self) -> int:
         """Do the rest of an epoch; return the number of the signal that stopped it, or 0."""
-        epoch, samples = self.position.epoch, self.position.samples
+        epoch, samples = self.state.position.epoch, self.state.position.samples
         self.share.set_position(epoch, samples)
         self.training.replica.train()
-        self.epoch_started = time.monotonic()
-        self.epoch_images = 0
-        self.logged = time.monotonic(), 0
+        self.journal.begin_epoch()
         batches = iter(self.loader)
         number = 0
-        while self.position.step < self.total_steps and samples < len(self.dataset.train):
-            before = self.position
+        while self.state.position.step < self.plan.total_steps and samples < self.plan.samples:
+            before = self.state.position
             self.watch.at(before.step, "loading data")
             micro = list(itertools.islice(batches, self.config.optim.accumulate))
             total = sum(self.share.total(number + k) for k in range(len(micro)))
@@ -246,194 +241,124 @@ class _Loop:
             samples += total
             after = Position(epoch, samples, before.step + 1)
             step = self.stepper.make(micro, total, before, after)
-            self.position = after
-            stop = self._note(step, tracker, progress)
-            at_end = samples == len(self.dataset.train)
+            self.state.position = after
+            stop = self._note(step)
             every = self.config.checkpoint.every_steps
-            is_due = every is not None and after.step % every == 0 and not at_end
+            is_due = every is not None and after.step % every == 0 and samples < self.plan.samples
             if stop or is_due:
-                stop = self._note(self.stepper.finish(), tracker, progress) or stop
+                stop = self._note(self.stepper.finish()) or stop
             if stop:
                 return stop
             if is_due:
                 self._checkpoint(is_best=False)
-        return self._note(self.stepper.finish(), tracker, progress)
+        return self._note(self.stepper.finish())
 
-    def _note(self, step: Step | None, tracker: Tracker, progress: "tqdm[Any]") -> int:
+    def _note(self, step: Step | None) -> int:
         """Add a step to the epoch's sums, show and write it; return a signal to stop, or 0."""
         if step is None:  # it is not known yet, or has been noted
             return 0
-        totals, samples = step.totals, step.samples
-        loss, accuracy = totals.loss / samples, totals.correct / samples
-        self.sums = [
-            self.sums[0] + totals.loss,
-            self.sums[1] + totals.correct,
-            self.sums[2] + samples,
-        ]
-        self.epoch_images += samples
-        progress.update(samples)
-        if not progress.disable:
-            progress.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
-        if step.after.step % self.config.log_every_steps == 0:
-            now, (logged_at, logged_images) = time.monotonic(), self.logged
-            images_per_s = (self.epoch_images - logged_images) / (now - logged_at)
-            self.logged = now, self.epoch_images
-            values = {
-                "step": step.after.step,
-                "epoch": step.after.epoch + step.after.samples / len(self.dataset.train),
-                "lr": step.rate,
-                "loss": loss,
-                "accuracy": accuracy,
-                "images_per_s": images_per_s,
-                **step.extra,
-            }
-            self.records.write(lambda run: run.append_step(values))
-            tracker.log(step.after.step, values)
-        if totals.stop_signals:  # at least one rank was told to; all take the highest number
-            return int(_maximum(self.watch.stop_signal))
-        return 0
+        self.state.sums.add(step)
+        self.journal.note(step)
+        return self._told() if step.totals.stop_signals else 0
 
-    def _judge(self, step: Step) -> None:
-        """Raise, on every rank, where a step of which the totals are known must be the last."""
-        if step.totals.failures:
-            self.records.raise_failure()
-        if not math.isfinite(step.totals.loss):
-            self._give_up(step)
+    def _told(self) -> int:
+        """Return the highest number of a signal to stop that a rank was told, or 0."""
+        return max(gathered(self.watch.stop_signal))
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        self.watch.at(self.position.step, "evaluating")
-        return evaluate(self.training, model, self._watched(self.test_loader), self.control)
-
-    def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _watched(self, batches: Iterable[Batch], doing: str) -> Iterator[Batch]:
         """Yield batches, and note with each that this rank moves."""
         for batch in batches:
-            self.watch.at(self.position.step, "evaluating")
+            self.watch.at(self.state.position.step, doing)
             yield batch
-        self.watch.at(self.position.step, "waiting for the other ranks")
+        self.watch.at(self.state.position.step, "waiting for the other ranks")
 
-    def _end_epoch(self, tracker: Tracker) -> None:
-        """Evaluate, write the epoch's metrics and state, and go to the next."""
-        rate = float(self.training.schedule.get_last_lr()[0])
-        elapsed_s = time.monotonic() - self.epoch_started
-        loss, correct, count = self.sums
-        epoch = self.position.epoch + 1
-        metrics: dict[str, float] = {"epoch": epoch, "step": self.position.step, "lr": rate}
-        metrics |= {"train_loss": loss / count, "train_accuracy": correct / count}
-        metrics |= self._evaluate(self.training.model)
-        if self.training.average is not None:
-            averaged = self._evaluate(self.training.exported)
-            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
-        metrics["images_per_s"] = self.epoch_images / max(elapsed_s, 1e-9)
-        if not math.isfinite(metrics["test_loss"]):
-            raise TrainingError(
-                f"the test loss is {metrics['test_loss']} after epoch {epoch}, step "
-                f"{self.position.step}; try a lower optim.lr than {self.config.optim.lr:g}, or "
-                "optim.clip_norm=1"
-            )
-        self.metrics = metrics
-        is_best = _quality(metrics) > _quality(self.best)
+    def _until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, at least one, until this rank is told to stop."""
+        for batch in batches:
+            yield batch
+            if self.watch.stop_signal:
+                return
+
+    def _evaluate(self, model: nn.Module, loader: Loader, keep_rows: bool) -> Evaluation | None:
+        self.watch.at(self.state.position.step, "evaluating")
+        batches = self._watched(loader, "evaluating")
+        return evaluate(self.training, model, batches, self.control, self.watch, keep_rows)
+
+    def _evaluate_finally(self, model: nn.Module, samples: Any) -> Evaluation | None:
+        loader = self._load_held_out(samples)
+        assert loader is not None
+        return self._evaluate(model, loader, keep_rows=True)
+
+    def _end_epoch(self) -> int:
+        """Evaluate, write the epoch's metrics and state; return a signal to stop, or 0."""
+        state, training = self.state, self.training
+        epoch = state.position.epoch + 1
+        metrics: dict[str, float] = {
+            "epoch": epoch,
+            "step": state.position.step,
+            "lr": training.schedule.made[0],
+            "skipped_steps": state.sums.skipped,
+        }
+        own = state.sums.metrics(self.task)
+        metrics |= {f"train_{name}": value for name, value in own.items()}
+        speed = self.journal.images_per_s()
+        if self.validation is not None:
+            models = {"val_": training.model}
+            if training.average is not None:
+                models["ema_val_"] = training.exported
+            for prefix, model in models.items():
+                found = self._evaluate(model, self.validation, keep_rows=False)
+                if found is None:
+                    return self._told()
+                metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
+        metrics["images_per_s"] = speed
+        self._check(metrics, epoch)
+        is_best = self.validation is None or self._quality(metrics) > self._quality(state.best)
+        metrics["best"] = float(is_best)
+        state.metrics = metrics
         if is_best:
-            self.best = metrics
-        self.sums = [0.0, 0.0, 0.0]
-        self.position = Position(epoch, 0, self.position.step)
-        self.records.write(lambda run: run.append_metrics(metrics))
+            state.best = metrics
+        state.sums = Sums(skipped_in_a_row=state.sums.skipped_in_a_row)
+        state.position = Position(epoch, 0, state.position.step)
+        self.journal.end_epoch(metrics)
         self._checkpoint(is_best)
-        tracker.log(self.position.step, metrics)
-        shown = self.config.epochs
-        log.info(
-            "epoch %*d/%d  train loss %.4f  test loss %.4f  accuracy %.2f %%  %.0f images/s%s",
-            len(str(shown)),
-            epoch,
-            shown,
-            metrics["train_loss"],
-            metrics["test_loss"],
-            100 * metrics["test_accuracy"],
-            metrics["images_per_s"],
-            "  (best)" if is_best else "",
-        )
+        return 0
+
+    def _check(self, metrics: dict[str, float], epoch: int) -> None:
+        """Raise if a loss or a weight is not finite, before it is written."""
+        losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
+        wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        if not is_good(self.training.model):
+            wrong.append("a weight is not finite")
+        if wrong:
+            raise TrainingError(
+                f"{', '.join(wrong)} after epoch {epoch}, step {self.state.position.step}; try a "
+                f"lower optim.lr than {self.config.optim.lr:g}, or optim.clip_norm=1"
+            )
+
+    def _quality(self, metrics: dict[str, float]) -> tuple[float, float]:
+        """Return what the best epoch has the most of: the task's metric, and then a low loss."""
+        prefix = "ema_val_" if self.training.average is not None else "val_"
+        value = metrics.get(f"{prefix}{self.task.best}", math.nan)
+        if math.isnan(value):
+            return -math.inf, -math.inf
+        return value if self.task.maximize else -value, -metrics[f"{prefix}loss"]
 
     def _checkpoint(self, is_best: bool) -> None:
         """Write the present state, in the background; collective: gathers the generators."""
-        self.watch.at(self.position.step, "writing a checkpoint")
+        state = self.state
+        self.watch.at(state.position.step, "writing a checkpoint")
 
         def make(generators: list[dict[str, Any]]) -> Checkpoint:
             return Checkpoint(
-                self.position,
+                state.position,
                 self.world_size,
-                self.metrics,
-                self.best,
-                self.sums,
+                state.metrics,
+                state.best,
+                state.sums.to_list(),
                 self.training.state_dicts(),
                 generators,
+                "",
             )
 
         self.records.write_checkpoint(make, is_best)
-
-    def _give_up(self, step: Step) -> None:
-        """Write the state before a step whose loss is not finite, and raise what is known of it."""
-        training = self.training
-        position = self.position = step.before
-        own: list[Any] = [None] * self.world_size
-        dist.all_gather_object(own, math.isfinite(step.own_loss))
-        where = [rank for rank, finite in enumerate(own) if not finite] or "only all ranks together"
-        step.kept.restore()
-        state = [*training.model.parameters(), *training.model.buffers()]
-        good = all(bool(tensor.isfinite().all()) for tensor in state)
-        if good:
-            self._checkpoint(is_best=False)
-            self.records.finish()
-        kept_state = (
-            f"the state before this step is in checkpoints/step-{position.step:09d}.ckpt"
-            if good
-            else "the weights were not finite before it, so only older checkpoints are good"
-        )
-        total = len(self.dataset.train)
-        rate = training.schedule.get_last_lr()[0]
-        raise TrainingError(
-            f"the training loss is {step.totals.loss / step.samples} at step {position.step + 1} "
-            f"(epoch {position.epoch + 1}, after {position.samples} of {total} samples, learning "
-            f"rate {rate:g}, ranks {where}); {kept_state}; try a lower optim.lr than "
-            f"{self.config.optim.lr:g}, or optim.clip_norm=1"
-        )
-
-    def _steps_from(self, samples: int) -> int:
-        """Return the optimizer steps from a position in an epoch to its end."""
-        per_step = self.config.data.batch_size * self.world_size * self.config.optim.accumulate
-        return math.ceil((len(self.dataset.train) - samples) / per_step)
-
-    def _capped(self, steps: int) -> int:
-        limit = self.config.max_steps
-        return steps if limit is None else min(steps, limit)
-
-
-def together(work: Callable[[], T]) -> T:
-    """Do something on every rank, and raise the first rank's error of ours on all of them.
-
-    Collective: one all-gather of the errors' texts.
-    """
-    value: Any = None
-    error: SyncBNError | None = None
-    try:
-        value = work()
-    except SyncBNError as raised:
-        error = raised
-    errors: list[SyncBNError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for each in errors:
-        if each is not None:
-            raise each
-    return value
-
-
-def _quality(metrics: dict[str, float]) -> tuple[float, float]:
-    """Return what the best epoch has the most of: accuracy, and then a low loss."""
-    prefix = "ema_" if "ema_test_loss" in metrics else ""
-    if not metrics:
-        return -math.inf, -math.inf
-    return metrics[f"{prefix}test_accuracy"], -metrics[f"{prefix}test_loss"]
-
-
-def _maximum(value: float) -> float:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return max(values)

@@ -1,10 +1,11 @@
 """Optimizers, as configured, and a step of theirs."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import SGD, AdamW, Optimizer
 
 from syncbn.errors import ConfigError
@@ -65,40 +66,61 @@ def take_step(
     scaler: torch.amp.GradScaler,
     clip_norm: float | None,
     skip: Tensor | None = None,
-) -> None:
-    """Change the weights by their gradients, unless these have overflowed; and move their scale.
+) -> Tensor:
+    """Change the weights by their gradients, unless one of these is not finite.
 
-    Where the optimizer `can_skip`, the host does not wait for the device.
+    If the optimizer `can_skip` and `skip` is given, the host does not wait for the device.
 
     Args:
         optimizer: holds the weights.
-        scaler: scaled the loss; disabled unless the precision is float16.
+        scaler: scaled the loss; disabled unless the precision is float16. Its scale moves.
         clip_norm: gradients whose norm is larger are scaled down to it; None: never.
-        skip: 0-d, float32, on the device of the weights: where it is 1, the weights and the state
-            of the optimizer stay as they are, and where it is 0, it changes nothing. Only for an
+        skip: 0-d, float32, on the device of the weights: if it is 1, the weights and the state of
+            the optimizer stay as they are, and if it is 0, it changes nothing. Only for an
             optimizer that `can_skip`.
+
+    Returns:
+        0-d, float32, on the device of the weights: 1 if a gradient is not finite, so that weights
+        and state are as before, or else 0.
     """
     if skip is not None or scaler.is_enabled():
         _begin_momentum(optimizer)
-    if skip is not None or clip_norm is not None:
+    if scaler.is_enabled():
         scaler.unscale_(optimizer)
+        found = scaler._found_inf_per_device(optimizer)  # pyright: ignore[reportPrivateUsage] -- as torch's FSDP does, to tell all ranks
+        overflows = [each.reshape(()) for each in found.values()]
+        overflow = overflows[0].clone() if overflows else torch.zeros(())
+        if skip is not None:
+            for each in found.values():
+                torch.maximum(each, skip, out=each)  # the kernels look whether it is exactly 1
+    else:
+        overflow = _overflow(optimizer)
+        if skip is None and overflow:
+            return overflow
     if clip_norm is not None:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         clip_grad_norm_(weights, clip_norm)
-    if skip is None:
-        scaler.step(optimizer)
-    elif scaler.is_enabled():
-        for found in scaler._found_inf_per_device(optimizer).values():  # pyright: ignore[reportPrivateUsage] -- as torch's FSDP does, to tell all ranks
-            torch.maximum(found, skip, out=found)  # the kernels look whether it is exactly 1
+    if skip is None or scaler.is_enabled():
         scaler.step(optimizer)
     else:
         assert can_skip(optimizer)
-        optimizer.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue] -- how torch's scaler tells it
+        optimizer.found_inf = torch.maximum(overflow, skip)  # pyright: ignore[reportAttributeAccessIssue] -- how torch's scaler tells it
         try:
             optimizer.step()
         finally:
             del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue] -- as above
     scaler.update()
+    return overflow
+
+
+def _overflow(optimizer: Optimizer) -> Tensor:
+    """Return 1 if a gradient is not finite, or else 0, as `take_step` does."""
+    groups = optimizer.param_groups
+    gradients = [weight.grad for group in groups for weight in group["params"]]
+    present = [gradient for gradient in gradients if gradient is not None]
+    # The largest value: squares of large ones would overflow.
+    largest = get_total_norm(present, norm_type=math.inf)
+    return largest.isfinite().logical_not().to(torch.float32)
 
 
 def _begin_momentum(optimizer: Optimizer) -> None:

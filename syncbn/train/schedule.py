@@ -157,6 +157,11 @@ class Schedule:
         return max(0, min(steps, self._total_steps - 1))
 
     @property
+    def steps(self) -> int:
+        """How many steps were made by it; those that left the weights alone are not among them."""
+        return self._step
+
+    @property
     def place(self) -> Place:
         """Where the next step is."""
         return Place(

@@ -13,19 +13,19 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from syncbn.baselines import Renormalizer, StatisticsPenalty, Unit
-from syncbn.bundle import Architecture
-from syncbn.errors import ConfigError, ModelError
-from syncbn.layers.base import Synchronized
+from syncbn.bundle import Architecture, check_exportable
+from syncbn.errors import BundleError, ConfigError, ModelError
+from syncbn.layers.base import Synchronized, shifts
 from syncbn.models import ChannelAffine, build_model, build_without_memory
 from syncbn.train.average import WeightAverage
-from syncbn.train.data.datasets import Dataset
+from syncbn.train.data import Dataset
+from syncbn.train.description import describe
 from syncbn.train.generators import seed_generators
 from syncbn.train.optim import make_optimizer
 from syncbn.train.run.checkpoint import Checkpoint, Position
-from syncbn.train.schedule import make_schedule
+from syncbn.train.schedule import Schedule, make_schedule
 from syncbn.train.schema import (
     CustomModelConfig,
     LocalNormConfig,
@@ -37,6 +37,7 @@ from syncbn.train.schema import (
     TrainConfig,
     WhiteningNormConfig,
 )
+from syncbn.train.tasks import Task
 from syncbn.transforms.convert import convert_sync_batchnorm
 from syncbn.transforms.fold import layers_before
 
@@ -50,6 +51,7 @@ class Training:
     """The model, its replica under DDP, and what moves them, on one rank.
 
     Attributes:
+        task: what is learned.
         preprocess: turns raw samples on the device into the model's inputs.
         average: the moving average of the model; None where there is none.
         penalty: on the statistics of activations; None where there is none.
@@ -58,12 +60,13 @@ class Training:
     """
 
     config: TrainConfig
+    task: Task
     device: torch.device
     architecture: Architecture
     model: nn.Module
     replica: DistributedDataParallel
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: Schedule
     scaler: torch.amp.GradScaler
     preprocess: Callable[[Tensor], Tensor]
     average: WeightAverage | None
@@ -87,38 +90,34 @@ class Training:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
+    def shifts(self) -> dict[str, Tensor]:
+        """Return what the synchronized layers sum about, by their names; see `base.shifts`."""
+        return shifts(self.model)
+
     def state_dicts(self) -> dict[str, Any]:
         """Return everything that training changes, by name."""
-        return {name: part.state_dict() for name, part in self._parts().items()}
+        states = {name: part.state_dict() for name, part in self._parts().items()}
+        return states | {"shifts": self.shifts()}
 
-    def restore(self, checkpoint: Checkpoint, schedule_steps: int | None = None) -> None:
-        """Return to a former state.
-
-        Args:
-            checkpoint: the state.
-            schedule_steps: how far the schedule is, where it is not the checkpoint's own.
-        """
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Return to a former state."""
         for name, part in self._parts().items():
-            if name == "schedule" and schedule_steps is not None:
-                for _ in range(schedule_steps):
-                    self.schedule.step()
-            else:
-                part.load_state_dict(checkpoint.states[name])
-        if schedule_steps is not None:  # the optimizer's state came with the old schedule's rate
-            for group, rate in zip(
-                self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
+            part.load_state_dict(checkpoint.states[name])
+        kept = checkpoint.states.get("shifts", {})  # an earlier version did not keep them
+        for name, shift in self.shifts().items():
+            if name in kept:
+                shift.copy_(kept[name])
 
     def _parts(self) -> dict[str, Any]:
-        # The schedule before the optimizer, whose rates it changes when it is fast-forwarded.
-        parts: dict[str, Any] = {"model": self.model, "schedule": self.schedule}
-        parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        # The optimizer before the schedule, because its state has rates too.
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        parts |= {"schedule": self.schedule, "scaler": self.scaler}
         return parts if self.average is None else parts | {"average": self.average}
 
 
 def prepare(
     config: TrainConfig,
+    task: Task,
     dataset: Dataset,
     device: torch.device,
     total_steps: int,
@@ -134,13 +133,16 @@ def prepare(
     """
     custom = isinstance(config.model, CustomModelConfig)
     try:
-        architecture = describe_architecture(config, dataset)
-        if custom:
-            _try_without_memory(architecture, dataset)
+        architecture = describe_architecture(config, task)
         torch.manual_seed(config.seed)
         model = build_model(architecture.name, architecture.arguments, allow_imports=custom)
+        # What cannot be exported at the end is known at the beginning.
+        description = describe(config, task, architecture, dataset)
+        check_exportable(description, model, allow_imports=custom)
     except (ModelError, ValidationError) as error:
         raise ConfigError(f"model: {error}") from error
+    except BundleError as error:
+        raise ConfigError(f"the model could not be exported once it is trained: {error}") from error
     if isinstance(config.norm, SyncNormConfig):
         model = convert_sync_batchnorm(model)
     if config.numerics.compile and isinstance(
@@ -160,11 +162,12 @@ def prepare(
     with warnings.catch_warnings():
         # The successor of `broadcast_buffers` is not in torch 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        replica = DistributedDataParallel(model, broadcast_buffers=not _buffers_agree(model))
+        replica = DistributedDataParallel(model, broadcast_buffers=bool(buffers_of_ranks(model)))
     # Of layers with one channel, whose strides are the same in either format.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     optimizer = make_optimizer(replica.parameters(), config.optim)
-    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch)
+    plan = config.epochs, config.max_steps
+    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch, plan)
     scaler = torch.amp.GradScaler(
         device.type, enabled=config.numerics.precision is Precision.float16
     )
@@ -176,6 +179,7 @@ def prepare(
         renormalizer = Renormalizer(units, config.norm.eps)
     training = Training(
         config,
+        task,
         device,
         architecture,
         model,
@@ -193,7 +197,7 @@ def prepare(
     return training
 
 
-def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture:
+def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
     """Return the name and the arguments with which `build_model` makes the configured model."""
     arguments: dict[str, Any]
     match config.model:
@@ -205,7 +209,7 @@ def describe_architecture(config: TrainConfig, dataset: Dataset) -> Architecture
         case _:
             arguments = dataclasses.asdict(config.model)
             name = arguments.pop("name")
-    arguments |= {"in_channels": dataset.input.shape[0], "num_classes": len(dataset.classes)}
+    arguments |= task.model_arguments()
     if isinstance(config.norm, LocalNormConfig):  # synchronized too; serving needs no more
         arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
     elif isinstance(config.norm, WhiteningNormConfig):
@@ -242,27 +246,15 @@ def _units(model: nn.Module, architecture: Architecture, *, allow_imports: bool)
     return units
 
 
-def _try_without_memory(architecture: Architecture, dataset: Dataset) -> None:
-    """Raise where a model could be trained, but its bundle not be written at the end."""
-    model = build_without_memory(architecture.name, architecture.arguments, allow_imports=True)
-    try:
-        model.eval()(torch.empty(1, *dataset.input.shape, device="meta"))
-    except Exception as error:  # whatever a model of somebody else's raises
-        raise ConfigError(
-            f"model: {architecture.name} does not work on torch's meta device, by which bundles "
-            f"are checked: {error}"
-        ) from error
-
-
-def _buffers_agree(model: nn.Module) -> bool:
-    """Return whether all buffers are the same on all ranks by themselves, and need no broadcast."""
+def buffers_of_ranks(model: nn.Module) -> list[Tensor]:
+    """Return the buffers that each rank has for itself: those of no synchronized layer."""
     synchronized = {
         id(buffer)
         for module in model.modules()
         if isinstance(module, Synchronized)
         for buffer in module.buffers(recurse=False)
     }
-    return all(id(buffer) in synchronized for buffer in model.buffers())
+    return [buffer for buffer in model.buffers() if id(buffer) not in synchronized]
 
 
 def _settle(training: Training, dataset: Dataset) -> None:
@@ -277,12 +269,11 @@ def _settle(training: Training, dataset: Dataset) -> None:
     samples = torch.zeros(size, *dataset.input.shape)
     try:
         with training.autocast():
-            logits = training.replica(training.inputs(samples))
-        shape = (size, len(dataset.classes))
-        if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ConfigError(f"model: gives {found} where logits of shape {shape} are needed")
-        (logits.float().sum() * 0).backward()
+            output: Any = training.replica(training.inputs(samples))
+        training.task.check_output(output, size)
+        parts: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+        nothing = [part.float().sum() * 0 for part in parts]
+        torch.stack(nothing).sum().backward()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"data.batch_size={size} is too much for the memory of {training.device}: "

@@ -5,7 +5,9 @@ at it one step later, when it has long been there; whether the loss is finite th
 optimizer itself.
 """
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,22 +21,24 @@ from syncbn.errors import ReplicaError
 # How often a host looks whether its device has got there. Another step is waiting on the device
 # meanwhile, so that the delay costs nothing.
 _POLL_S = 0.0005
+# What stands before the statistics: loss, stop signals, failures.
+_HEAD = 3
 
 
 class StepTotals(NamedTuple):
     """Sums over all ranks.
 
     Attributes:
-        loss: over the samples of the step, in nats.
-        correct: how many of them were classified right.
+        loss: over the samples of the step.
         stop_signals: the numbers of the signals that told ranks to stop; 0 if none was told to.
         failures: how many ranks have not been able to write something.
+        statistics: what the task observed of the samples.
     """
 
     loss: float
-    correct: float
     stop_signals: float
     failures: float
+    statistics: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,15 @@ class Statement:
     """What one rank says of its share of a step; the tensors are 0-d, on the rank's device.
 
     Attributes:
-        losses: the sum of the losses of each of its batches, in nats.
-        correct: how many samples of each batch were classified right.
+        losses: the sum of the losses of each of its batches.
+        statistics: what the task observed of each batch, shape (S,), float64.
         penalties: what was added to the cost of each batch; the same on all ranks.
         stop_signal: the number of the signal that told this rank to stop, or 0.
         failed: whether it could not write something.
     """
 
     losses: list[Tensor]
-    correct: list[Tensor]
+    statistics: list[Tensor]
     penalties: list[Tensor]
     stop_signal: int
     failed: bool
@@ -64,17 +68,20 @@ class Report:
         totals: the sums over all ranks.
         own_loss: this rank's part of the loss.
         penalty: the sum of what was added to the cost.
+        skipped: whether the gradient was not finite, so that the weights were left as they were.
+            Known once `note_skip` was called.
     """
 
     totals: StepTotals
     own_loss: float
     penalty: float
+    skipped: bool
 
 
 class HostTotals:
     """Adds up at once, in the memory of the host: for ranks that compute on the CPU.
 
-    Communicates: one all-reduce of 4 float64 a step.
+    Communicates: one all-reduce of 3 + S float64 a step, S numbers being the task's statistics.
 
     Args:
         reducer: sums over the ranks.
@@ -87,16 +94,21 @@ class HostTotals:
     def start(self, statement: Statement) -> None:
         """Add up, and wait for the other ranks."""
         loss = sum(each.item() for each in statement.losses)
-        correct = sum(each.item() for each in statement.correct)
-        mine = [loss, correct, statement.stop_signal, statement.failed]
-        sums = self._reducer.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        mine = [loss, statement.stop_signal, statement.failed]
+        statistics = torch.stack(statement.statistics).sum(0).cpu()
+        vector = torch.cat([torch.tensor(mine, dtype=torch.float64), statistics])
         penalty = sum(each.item() for each in statement.penalties)
-        self._report = Report(StepTotals(*sums), loss, penalty)
+        self._report = Report(_totals(self._reducer.sum(vector).tolist()), loss, penalty, False)
 
     def read(self) -> Report:
         """Return what the ranks said of the step; does not wait."""
         assert self._report is not None
         return self._report
+
+    def note_skip(self, skipped: Tensor) -> None:
+        """Note whether the gradient was not finite; the host waits for the device."""
+        assert self._report is not None
+        self._report = dataclasses.replace(self._report, skipped=bool(skipped))
 
 
 class DeviceTotals:
@@ -108,20 +120,21 @@ class DeviceTotals:
     from a stream of its own, and asks an event whether it is there. With gloo, whose sums of a
     GPU's memory are the host's work, the host waits before the optimizer's step.
 
-    Communicates: one all-reduce of 4 float64 a step.
+    Communicates: one all-reduce of 3 + S float64 a step, S numbers being the task's statistics.
 
     Args:
         device: where this rank computes, the current one. On the CPU everything is there at once,
             which is for tests.
         timeout_s: how long `read` waits.
+        statistics: S.
     """
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, device: torch.device, timeout_s: float, statistics: int) -> None:
         self._module: Any = torch.get_device_module(device)
         self._timeout_s = timeout_s
         self._stream: Any = self._module.Stream()
         # Two, as a step is started before the one before it is read.
-        self._sums = tuple(_Sum(device, self._module.Event()) for _ in range(2))
+        self._sums = tuple(_Sum(device, self._module, statistics) for _ in range(2))
         self._started = 0
         self._known = 0
 
@@ -138,6 +151,14 @@ class DeviceTotals:
         latest.work.wait()
         return latest.vector[0].isfinite().logical_not().to(torch.float32)
 
+    def note_skip(self, skipped: Tensor) -> None:
+        """Have it known at the next `read` whether the latest step's gradient was not finite.
+
+        Args:
+            skipped: 0-d, on the device: 1 if the weights were left as they were.
+        """
+        self._sums[(self._started - 1) % 2].note_skip(skipped)
+
     def read(self) -> Report:
         """Return what the ranks said of the oldest step that was not read, once it is there.
 
@@ -147,7 +168,7 @@ class DeviceTotals:
         oldest = self._sums[self._known % 2]
         self._fetch(oldest)
         deadline = time.monotonic() + self._timeout_s
-        while not oldest.event.query():
+        while not oldest.is_there():
             if time.monotonic() > deadline:
                 raise ReplicaError(
                     f"rank {dist.get_rank()} got no sum over the {dist.get_world_size()} ranks of "
@@ -156,7 +177,7 @@ class DeviceTotals:
             time.sleep(_POLL_S)
         self._known += 1
         *totals, own_loss, penalty = oldest.result.tolist()
-        return Report(StepTotals(*totals), own_loss, penalty)
+        return Report(_totals(totals), own_loss, penalty, oldest.was_skipped())
 
     def _fetch(self, sums: "_Sum") -> None:
         """Have the result copied to the host once it is there, beside what the device computes."""
@@ -180,31 +201,51 @@ class _Sum:
         event: when that is done.
     """
 
-    def __init__(self, device: torch.device, event: Any) -> None:
+    def __init__(self, device: torch.device, module: Any, statistics: int) -> None:
         pinned = device.type == "cuda"  # or else copies would wait
-        size = len(StepTotals._fields)
+        size = self._size = _HEAD + statistics
         self.vector = torch.zeros(size + 2, dtype=torch.float64, device=device)
         self.result = torch.zeros(size + 2, dtype=torch.float64, pin_memory=pinned)
         self._said = torch.zeros(2, dtype=torch.float64, pin_memory=pinned)
         self.work: Any = None
         self.fetched = True
-        self.event = event
+        self.event = module.Event()
+        self._skipped = torch.zeros(1, dtype=torch.float32, pin_memory=pinned)
+        self._skip_event = module.Event()
+        self._skip_noted = False
+
+    def note_skip(self, skipped: Tensor) -> None:
+        self._skipped.copy_(skipped.reshape(1), non_blocking=True)
+        self._skip_event.record()
+        self._skip_noted = True
+
+    def is_there(self) -> bool:
+        return self.event.query() and (not self._skip_noted or self._skip_event.query())
+
+    def was_skipped(self) -> bool:
+        return self._skip_noted and bool(self._skipped[0])
 
     def start(self, statement: Statement) -> None:
-        loss, correct, _, _, own_loss, penalty = self.vector.unbind()
+        self._skip_noted = False
+        loss, (own_loss, penalty) = self.vector[0], self.vector[self._size :]
         self.vector.zero_()
         for target, parts in (
             (loss, statement.losses),
-            (correct, statement.correct),
+            (self.vector[_HEAD : self._size], statement.statistics),
             (penalty, statement.penalties),
         ):
             for part in parts:
                 target.add_(part)
         own_loss.copy_(loss)
         self._said[0], self._said[1] = statement.stop_signal, statement.failed
-        self.vector[2:4].copy_(self._said, non_blocking=True)
-        self.work = dist.all_reduce(self.vector[: len(StepTotals._fields)], async_op=True)
+        self.vector[1:_HEAD].copy_(self._said, non_blocking=True)
+        self.work = dist.all_reduce(self.vector[: self._size], async_op=True)
         self.fetched = False
 
 
 Totals = HostTotals | DeviceTotals
+
+
+def _totals(sums: Sequence[float]) -> StepTotals:
+    loss, stop_signals, failures = sums[:_HEAD]
+    return StepTotals(loss, stop_signals, failures, tuple(sums[_HEAD:]))

@@ -49,7 +49,10 @@ class Part:
 def plain(samples: Samples) -> Samples:
     """Return samples without random changes, if they offer that by a method `plain`."""
     offered: Any = getattr(samples, "plain", None)
-    return offered() if callable(offered) else samples
+    if not callable(offered):
+        return samples
+    found: Any = offered()
+    return found
 
 
 def labels_in_memory(samples: Samples) -> Tensor | None:

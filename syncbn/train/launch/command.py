@@ -114,7 +114,7 @@ def _train(composed: DictConfig) -> float | None:
         raise SystemExit(result.exit_code)
     if result.status == "failed":  # of which the ranks have spoken
         _fail(f"training failed; {run.path} has the details", result.exit_code)
-    return 1 - result.metrics["test_accuracy"]
+    return result.objective
 
 
 def _start_agent(threads: str) -> "subprocess.Popen[bytes]":

@@ -85,7 +85,8 @@ def be_sweep_job(
     words, and under some launchers the end of the other jobs.
 
     Returns:
-        1 − the test accuracy; None where the job failed, which a sweeper takes for a failure.
+        1 − the validation accuracy, or what the task has in its place; None if the job failed,
+        which a sweeper takes for a failure.
     """
     settings = HydraConfig.get()
     # Hydra escapes some characters of what was typed.
@@ -109,7 +110,7 @@ def be_sweep_job(
             path.mkdir(parents=True, exist_ok=True)
             run.write_result(result)
     print(f"{path.name}: {result.status}", flush=True)
-    return 1 - result.metrics["test_accuracy"] if result.status == "finished" else None
+    return result.objective if result.status == "finished" else None
 
 
 def is_abandoned() -> bool:

@@ -18,7 +18,8 @@ from syncbn.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
-_MAGIC = b"syncbn-checkpoint 1 "
+_MAGIC = b"syncbn-checkpoint 2 "
+_MAGIC_1 = b"syncbn-checkpoint 1 "  # of a version with other sums, and only accuracies
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 BEST = "best.ckpt"
 
@@ -40,9 +41,10 @@ class Checkpoint:
         position: where the run goes on.
         world_size: how many ranks wrote it.
         metrics: of the last whole epoch, and `best` those of the best one.
-        sums: what was added up in this epoch: loss, right answers, samples.
-        states: state dicts by name: model, optimizer, schedule, scaler, ema.
+        sums: what was added up in this epoch; see `syncbn.train.state.Sums`.
+        states: state dicts by name: model, optimizer, schedule, scaler, average, shifts.
         generators: the state of each rank's random generators.
+        data_sha256: of the data that it was trained on; "" if that is not known.
     """
 
     position: Position
@@ -52,6 +54,7 @@ class Checkpoint:
     sums: list[float]
     states: dict[str, Any] = field(repr=False)
     generators: list[dict[str, Any]] = field(repr=False)
+    data_sha256: str = ""
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
@@ -73,12 +76,16 @@ def read_checkpoint(file: Path) -> Checkpoint:
         head, _, body = file.read_bytes().partition(b"\n")
     except OSError as error:
         raise TrainingError(f"cannot read {file}: {error.strerror}") from error
-    if head != _MAGIC + hashlib.sha256(body).hexdigest().encode():
+    digest = hashlib.sha256(body).hexdigest().encode()
+    if head not in (_MAGIC + digest, _MAGIC_1 + digest):
         raise TrainingError(
             f"{file} is damaged: its content has another SHA-256 than its head says"
         )
     try:
         fields = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        if head.startswith(_MAGIC_1):
+            # Only the mean loss and the accuracy of the epoch that is under way are not whole then.
+            fields["sums"] = []
         return Checkpoint(**fields | {"position": Position(**fields["position"])})
     except Exception as error:  # whatever an archive of another version makes torch raise
         raise TrainingError(f"{file} is not a checkpoint of this version: {error}") from error

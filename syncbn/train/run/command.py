@@ -18,6 +18,7 @@ from syncbn.train.run.comparison import (
     STATUSES,
     Group,
     Run,
+    default_metric,
     differing_keys,
     find_runs,
     group_runs,
@@ -43,7 +44,7 @@ examples:
   syncbn-runs runs/sweep --status failed          what went wrong
   syncbn-runs runs/sweep --by norm.name data.batch_size
                                                   mean ± standard deviation over seeds
-  syncbn-runs runs/sweep --by norm.name --metric test_loss --at last --csv -
+  syncbn-runs runs/sweep --by norm.name --metric val_loss --at last --csv -
   syncbn-runs runs/sweep --by norm.name data.batch_size --plot accuracy.png"""
 
 
@@ -105,15 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--metric",
-        default="test_accuracy",
-        help="a key of metrics.jsonl (default: test_accuracy)",
+        help="a key of metrics.jsonl, or test_… of the exported models (default: val_accuracy, or "
+        "what the runs' task has in its place)",
     )
     parser.add_argument(
         "--at",
         choices=("best", "last"),
         default="best",
-        help="the metric in which epoch: best, that of the highest test_accuracy (for metrics "
-        "ema_…: ema_test_accuracy), or the last (default: best)",
+        help="the metric in which epoch: the best by validation, or the last (default: best)",
     )
     parser.add_argument("--status", choices=STATUSES, help="only runs of this status")
     parser.add_argument(
@@ -129,12 +129,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(arguments: argparse.Namespace) -> None:
-    by, metric, at = arguments.by, arguments.metric, arguments.at
+    by, at = arguments.by, arguments.at
     runs = find_runs(arguments.paths)
+    metric: str = arguments.metric or default_metric(runs)
     for run in runs:
         for damage in run.damage:
             print(f"syncbn-runs: warning: {run.name} is damaged: {damage}", file=sys.stderr)
-    metrics = {key for run in runs for epoch in run.epochs for key in epoch}
+    metrics = {key for run in runs for each in (*run.epochs, run.tests) for key in each}
     if metrics:
         _check("metric", metric, metrics)
     for key in by:

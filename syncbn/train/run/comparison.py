@@ -8,6 +8,7 @@ import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Run:
         status: one of `STATUSES`.
         error: why it did not finish, or None.
         duration_s: seconds that the last attempt took; NaN where it has not ended.
+        tests: metrics of the exported model on the test data; empty before the run has finished.
         damage: what cannot be read.
     """
 
@@ -45,6 +47,7 @@ class Run:
     status: str
     error: str | None
     duration_s: float
+    tests: Mapping[str, float]
     damage: Sequence[str]
 
 
@@ -118,7 +121,9 @@ def _read(path: Path, name: str) -> Run:
     else:
         status = result.get("status") or ("running" if _is_locked(path) else "unknown")
     duration_s = result.get("duration_s", math.nan)
-    return Run(name, config, epochs, status, result.get("error"), duration_s, damage)
+    measured = result.get("metrics") or {}
+    tests = {key: value for key, value in measured.items() if key.startswith("test_")}
+    return Run(name, config, epochs, status, result.get("error"), duration_s, tests, damage)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -180,15 +185,30 @@ def metric_of(run: Run, metric: str, at: str) -> float:
 
     Args:
         run: the run.
-        metric: a key of metrics.jsonl.
-        at: "best", the epoch of highest test accuracy (for metrics ema_…, of highest
-            ema_test_accuracy), or "last".
+        metric: a key of metrics.jsonl, or test_… of the exported model.
+        at: "best", the best epoch by validation, or "last".
     """
-    if at == "best":
-        epoch = best_epoch(run.epochs, "ema_" if metric.startswith("ema_") else "")
-    else:
-        epoch = run.epochs[-1] if run.epochs else {}
-    return epoch.get(metric, math.nan)
+    last = run.epochs[-1] if run.epochs else {}
+    epoch = best_epoch(run.epochs) if at == "best" else last
+    return epoch.get(metric, run.tests.get(metric, math.nan))
+
+
+def default_metric(runs: Sequence[Run]) -> str:
+    """Return the metric that tells most of runs: of the validation data, if they have them.
+
+    Args:
+        runs: what is compared; the metrics of most of them count.
+    """
+    counts = Counter(name for run in runs for name in (run.epochs[-1] if run.epochs else ()))
+    for name in _TELLING:
+        if counts[name]:
+            return name
+    others = [name for name in counts if name.startswith("val_") and name != "val_loss"]
+    return others[0] if others else _TELLING[0]
+
+
+# The last two are those of earlier versions, and of runs without validation data.
+_TELLING = ("val_accuracy", "val_mean_iou", "test_accuracy", "train_accuracy")
 
 
 def group_runs(

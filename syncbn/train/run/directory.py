@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class Result:
         metrics: those of the best epoch; empty where there is none.
         duration_s: seconds that this attempt took.
         exit_code: of the processes: 0, 1, 2 for a wrong configuration, 128 + a signal's number.
+        evaluations: how good the exported model is: a split, the number of its samples, whether the
+            statistics are as trained or recalibrated, and metrics with their 95 % intervals.
+        objective: what a sweep minimizes: the validation error of the best epoch; None if the run
+            did not finish, or is one of an earlier version.
     """
 
     status: str
@@ -41,6 +45,8 @@ class Result:
     metrics: dict[str, float]
     duration_s: float
     exit_code: int
+    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    objective: float | None = None
 
 
 @dataclass(frozen=True)

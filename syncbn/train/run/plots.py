@@ -42,7 +42,7 @@ _LEGEND_MAX = 3 * len(_COLORS)
 
 
 def plot_curves(run_path: Path) -> Path:
-    """Draw a run's losses, accuracies and learning rate over its epochs, as they are so far.
+    """Draw a run's losses, its metric and learning rate over its epochs, as they are so far.
 
     Args:
         run_path: the run's directory.
@@ -59,10 +59,13 @@ def plot_curves(run_path: Path) -> Path:
     with _drawing(file, 15, 4.5) as figure:
         figure.suptitle(run_path.resolve().name)
         panels: Sequence[Axes] = figure.subplots(1, 3)
-        for panel, name in zip(panels, ("loss", "accuracy"), strict=False):
+        metric = _metric_of(epochs)
+        for panel, name in zip(panels, ("loss", metric), strict=False):
             for key, label in (
                 (f"train_{name}", "training, mean of the epoch"),
-                (f"test_{name}", "test"),
+                (f"val_{name}", "validation"),
+                (f"ema_val_{name}", "validation, averaged weights"),
+                (f"test_{name}", "test"),  # of earlier versions
                 (f"ema_test_{name}", "test, averaged weights"),
             ):
                 _draw(panel, epochs, key, label=label, marker="o")
@@ -149,6 +152,14 @@ def plot_groups(
         _label(panel, metric, over=by[-1])
 
 
+def _metric_of(epochs: Sequence[Record]) -> str:
+    """Return the metric by which a run's epochs are compared, without the name of a split."""
+    names = [name.removeprefix("train_") for epoch in epochs for name in epoch]
+    known = ("accuracy", "mean_iou")
+    found = [name for name in names if f"train_{name}" in epochs[-1] and name != "loss"]
+    return next((name for name in known if name in found), found[0] if found else known[0])
+
+
 @contextmanager
 def _drawing(file: Path, width: float, height: float, legend: int = 0) -> Generator["Figure"]:
     """Give a figure to draw on, and write it with a legend of so many lines below."""
@@ -185,7 +196,7 @@ def _label(panel: "Axes", name: str, over: str = "epoch") -> None:
     if over == "epoch":
         panel.set_xlim(left=0)
         panel.locator_params(axis="x", integer=True, min_n_ticks=1)
-    if name.endswith("accuracy"):
+    if name.endswith(("accuracy", "iou")):
         panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
     drawn = [y for line in panel.lines for y in cast(list[float], line.get_ydata()) if y > 0]
     if name.endswith("loss") and drawn and max(drawn) > _LOG_SPAN * min(drawn):

@@ -50,16 +50,19 @@ def read_result(file: Path) -> dict[str, Any]:
     return result
 
 
-def best_epoch(epochs: Sequence[Record], prefix: str = "") -> Record:
-    """Return the epoch of highest test accuracy; of equals, that of lowest test loss.
+def best_epoch(epochs: Sequence[Record]) -> Record:
+    """Return the best epoch, as the run has noted; an empty line if there is none.
+
+    Runs of earlier versions noted none: the one of highest test accuracy then, and of equals that
+    of lowest test loss.
 
     Args:
         epochs: the lines of metrics.jsonl.
-        prefix: "ema_" judges the averaged weights.
-
-    Returns:
-        The epoch's line; an empty one where no epoch has an accuracy.
     """
+    noted = [epoch for epoch in epochs if "best" in epoch]
+    if noted:
+        return next((epoch for epoch in reversed(noted) if epoch["best"]), {})
+    prefix = "ema_" if epochs and "ema_test_accuracy" in epochs[-1] else ""
     accuracy, loss = f"{prefix}test_accuracy", f"{prefix}test_loss"
     judged = [epoch for epoch in epochs if math.isfinite(epoch.get(accuracy, math.nan))]
     return max(judged, key=lambda epoch: (epoch[accuracy], -epoch.get(loss, math.inf)), default={})
@@ -95,13 +98,12 @@ def summarize(run_path: Path) -> str:
     lines = {"status": f"{status} after {done}"}
     if result.get("error"):
         lines["error"] = result["error"]
-    prefix = "ema_" if "ema_test_accuracy" in last else ""
-    # The result has the metrics of the exported model, whose statistics may be recalibrated.
-    best = result.get("metrics") or best_epoch(epochs, prefix)
-    if best:
-        lines["best"] = _quality(best, prefix)
-    if last:
-        lines["last"] = f"{_quality(last, prefix)}, training loss {last['train_loss']:.4f}"
+    if best := best_epoch(epochs):
+        lines["best" if "val_loss" in best else "last"] = _quality(best)
+    if last and last != best:
+        lines["last"] = _quality(last)
+    for evaluation in result.get("evaluations", ()):
+        lines[evaluation["split"]] = _in_words(evaluation)
     lines["time"] = duration(result.get("duration_s", math.nan))
     if speeds := [epoch["images_per_s"] for epoch in epochs]:
         lines["time"] += f", {statistics.median(speeds):.0f} images/s"
@@ -112,7 +114,46 @@ def summarize(run_path: Path) -> str:
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
-def _quality(epoch: Record, prefix: str) -> str:
-    accuracy, loss = epoch[f"{prefix}test_accuracy"], epoch[f"{prefix}test_loss"]
-    of = " of the averaged weights" if prefix else ""
-    return f"epoch {epoch['epoch']}: test accuracy{of} {100 * accuracy:.2f} %, test loss {loss:.4f}"
+def _quality(epoch: Record) -> str:
+    """Return an epoch's metrics of the exported model, and its training loss."""
+    prefix, name = next(
+        (prefix, name)
+        for prefix, name in _PREFIXES.items()
+        if any(key.startswith(prefix) for key in epoch)
+    )
+    shown = [
+        f"{name} {key.removeprefix(prefix).replace('_', ' ')} {_number(key, value)}"
+        for key, value in epoch.items()
+        if key.startswith(prefix)
+    ]
+    if prefix != "train_":
+        shown.append(f"training loss {epoch['train_loss']:.4f}")
+    return f"epoch {epoch['epoch']}: {', '.join(shown)}"
+
+
+# Where the metrics of the exported model are, from best to worst; test_… in earlier versions.
+_PREFIXES = {
+    "ema_val_": "validation",
+    "val_": "validation",
+    "ema_test_": "test",
+    "test_": "test",
+    "train_": "training",
+}
+
+
+def _in_words(evaluation: dict[str, Any]) -> str:
+    parts = [
+        f"{name.replace('_', ' ')} {_number(name, estimate['value'])}"
+        + ("" if estimate["low"] is None else f" ({_range(name, estimate)})")
+        for name, estimate in evaluation["metrics"].items()
+    ]
+    how = f"{evaluation['samples']} samples, statistics {evaluation['statistics']}"
+    return f"{', '.join(parts)}; {how}"
+
+
+def _range(name: str, estimate: dict[str, float]) -> str:
+    return f"{_number(name, estimate['low'])} to {_number(name, estimate['high'])}"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.4f}" if name.endswith("loss") else f"{100 * value:.2f} %"

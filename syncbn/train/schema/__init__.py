@@ -4,6 +4,7 @@ The schemas are not frozen: OmegaConf makes frozen ones read-only and refuses ev
 """
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
@@ -63,6 +64,12 @@ from syncbn.train.schema.optim import (
     TorchOptimConfig,
     WarmupConfig,
 )
+from syncbn.train.schema.task import (
+    ClassificationConfig,
+    CustomTaskConfig,
+    SegmentationConfig,
+    TaskConfig,
+)
 
 __all__ = [
     "CHOICES",
@@ -73,11 +80,13 @@ __all__ = [
     "AugmentedConfig",
     "CheckpointConfig",
     "CifarConfig",
+    "ClassificationConfig",
     "CnnConfig",
     "ConstantConfig",
     "CosineConfig",
     "CustomDataConfig",
     "CustomModelConfig",
+    "CustomTaskConfig",
     "DataConfig",
     "Device",
     "DigitsConfig",
@@ -98,11 +107,13 @@ __all__ = [
     "Precision",
     "RenormalizeNormConfig",
     "ScheduleConfig",
+    "SegmentationConfig",
     "SgdConfig",
     "Shares",
     "StepConfig",
     "SyncNormConfig",
     "SyntheticConfig",
+    "TaskConfig",
     "TorchOptimConfig",
     "TorchvisionConfig",
     "TrackConfig",
@@ -127,10 +138,12 @@ class TrainConfig:
     max_steps: PositiveInt | None
     log_every_steps: PositiveInt
     recalibrate: bool
+    patience: PositiveInt | None = None
     run_root: str
     run_dir: str | None
     sweep_dir: str | None
     publish: Annotated[str, Field(min_length=1)] | None
+    task: TaskConfig = field(default_factory=ClassificationConfig)
     data: DataConfig
     model: ModelConfig
     norm: NormConfig
@@ -146,6 +159,7 @@ class TrainConfig:
 PLACES = ("run_root", "run_dir", "sweep_dir", "publish")
 
 CHOICES: Mapping[str, tuple[type[Any], ...]] = {
+    "task": (ClassificationConfig, SegmentationConfig, CustomTaskConfig),
     "data": (
         DigitsConfig,
         CifarConfig,

@@ -42,6 +42,7 @@ class NumericsConfig:
     channels_last: bool
     compile: bool
     deterministic: bool
+    max_skipped_steps: PositiveInt = 50
 
 
 @dataclass(kw_only=True)
