@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn.errors import ConfigError, SyncBNError
-from syncbn.train.data.sampling import Key, Samples
-from syncbn.train.data.splits import labels_in_memory
+from syncbn.train.data.sampling import Key, Samples, labels_in_memory
 
 if TYPE_CHECKING:
     from syncbn.train.data.datasets import Dataset

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from syncbn.errors import DataError, SyncBNError
+from syncbn.errors import ConfigError, DataError, SyncBNError
+from syncbn.train.schema import DataConfig, Shares
 
 Key = tuple[int, int]
 Batch = tuple[Tensor, Tensor]
@@ -21,20 +22,26 @@ _WORKER_TIMEOUT_S = 120
 
 
 class Samples(Protocol):
-    """Samples with labels, in whatever store, that are fetched by the batch."""
+    """Samples with targets, in whatever store, that are fetched by the batch.
+
+    Two attributes are used if there are any: `labels`, those of all samples, shape (N,), int64, by
+    which samples are shared out and balanced; and a method `plain()`, which returns the same
+    samples without random changes, for those of the training data that validate.
+    """
 
     def __len__(self) -> int:
         """Return how many there are."""
         ...
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        """Return the samples and the labels of keys, each an epoch and an index.
+        """Return the samples and the targets of keys, each an epoch and an index.
 
         Args:
             keys: any number of them, also none.
 
         Returns:
-            Raw samples, shape (n, *shape), and labels, shape (n,), int64.
+            Raw samples, shape (n, *shape), and labels, shape (n,), int64, or masks, shape
+            (n, H, W), int64, with 255 for pixels that count for nothing.
         """
         ...
 
@@ -57,6 +64,14 @@ class TrainingShare(Sampler[list[Key]]):
         seed: decides the order.
         labels: shape (size,); of samples in the order of these, each rank gets the next part, and
             no other ones in any epoch. None: any rank may get any sample.
+        drop_last: whether an epoch leaves out the samples of a last batch that is not full.
+        balanced: labels, shape (size,), int64; instead of a permutation, an epoch is `size` draws
+            with replacement, of which each class that has a sample gets the same number, to one.
+            None: every sample comes once an epoch.
+
+    Raises:
+        ConfigError: without the last batch there is none, or both `labels` and `balanced` are
+            given.
     """
 
     def __init__(
@@ -67,13 +82,29 @@ class TrainingShare(Sampler[list[Key]]):
         world_size: int,
         seed: int,
         labels: Tensor | None = None,
+        *,
+        drop_last: bool = False,
+        balanced: Tensor | None = None,
     ) -> None:
         self._size = size
         self._whole = batch_size * world_size
         self._rank = rank
         self._world_size = world_size
         self._seed = seed
+        self._drop_last = drop_last
         self._sorted = None if labels is None else labels.argsort(stable=True)
+        self._classes = None if balanced is None else _members(balanced)
+        if labels is not None and balanced is not None:
+            raise ConfigError(
+                "data.balanced=true draws from all classes on every replica, which "
+                "data.shares=by_class rules out; choose one of them"
+            )
+        if drop_last and size < self._whole:
+            raise ConfigError(
+                f"data.drop_last=true leaves none of {size} training samples, since one batch of "
+                f"{world_size} replicas is {self._whole}; choose data.drop_last=false, or a "
+                f"data.batch_size smaller than {batch_size}"
+            )
         self.set_position(0)
 
     def set_position(self, epoch: int, start: int = 0) -> None:
@@ -81,12 +112,35 @@ class TrainingShare(Sampler[list[Key]]):
         self._epoch = epoch
         self._start = start
 
+    @property
+    def size_of_epoch(self) -> int:
+        """The position, in samples over all ranks, at which the present epoch ends.
+
+        It is the size, less what is dropped; from a position that another world size has left, that
+        may be another number than from the epoch's start.
+        """
+        return self._end(self._start)
+
     def total(self, number: int) -> int:
         """Return how many samples a batch has over all ranks, counted from the position."""
-        return min(self._whole, self._size - self._start - number * self._whole)
+        return min(self._whole, self.size_of_epoch - self._start - number * self._whole)
+
+    def steps(self, samples_from: int, accumulate: int) -> int:
+        """Return the optimizer steps from a position in an epoch to its end.
+
+        Args:
+            samples_from: the position, in samples over all ranks.
+            accumulate: batches of a step; the last step of an epoch may have fewer.
+        """
+        return math.ceil((self._end(samples_from) - samples_from) / (self._whole * accumulate))
+
+    def last_batch(self) -> list[int]:
+        """Return how many samples each rank has in an epoch's last batch."""
+        total = self._end(0) % self._whole or self._whole
+        return [len(range(rank, total, self._world_size)) for rank in range(self._world_size)]
 
     def __len__(self) -> int:
-        return math.ceil((self._size - self._start) / self._whole)
+        return self.steps(self._start, 1)
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch = self._epoch
@@ -97,8 +151,14 @@ class TrainingShare(Sampler[list[Key]]):
             batch = rest[number * self._whole :][: self._whole]
             yield [(epoch, index) for index in batch[self._rank :: self._world_size].tolist()]
 
+    def _end(self, start: int) -> int:
+        left = self._size - start
+        return start + (left // self._whole * self._whole if self._drop_last else left)
+
     def _order(self, generator: torch.Generator) -> Tensor:
         """Return the samples of an epoch, of which each rank takes every world_size-th."""
+        if self._classes is not None:
+            return _drawn_evenly(self._classes, self._size, generator)
         if self._sorted is None:
             return torch.randperm(self._size, generator=generator)
         order = torch.empty_like(self._sorted)
@@ -111,8 +171,68 @@ class TrainingShare(Sampler[list[Key]]):
         return order
 
 
+def share_out(
+    config: DataConfig, samples: Samples, rank: int, world_size: int, seed: int
+) -> TrainingShare:
+    """Return a rank's share of the training samples, as configured.
+
+    Raises:
+        ConfigError: `config` needs the labels of all samples, which are not in memory; or see
+            `TrainingShare`.
+    """
+    by_class = config.shares is Shares.by_class
+    return TrainingShare(
+        len(samples),
+        config.batch_size,
+        rank,
+        world_size,
+        seed,
+        _labels(samples, "data.shares=by_class", config, "data.shares=mixed") if by_class else None,
+        drop_last=config.drop_last,
+        balanced=_labels(samples, "data.balanced=true", config, "data.balanced=false")
+        if config.balanced
+        else None,
+    )
+
+
+def labels_in_memory(samples: Samples) -> Tensor | None:
+    """Return the labels of all samples, shape (n,), int64; None if they are not at hand."""
+    labels = getattr(samples, "labels", None)
+    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1:
+        return labels
+    return None
+
+
+def _labels(samples: Samples, setting: str, config: DataConfig, instead: str) -> Tensor:
+    labels = labels_in_memory(samples)
+    if labels is None:
+        raise ConfigError(
+            f"{setting} needs the labels of all samples in memory, which data={config.name} has "
+            f"not; choose {instead}"
+        )
+    return labels
+
+
+def _members(labels: Tensor) -> list[Tensor]:
+    """Return the samples of each class that has any."""
+    _, counts = labels.unique(return_counts=True)
+    return list(labels.argsort(stable=True).split(counts.tolist()))
+
+
+def _drawn_evenly(classes: list[Tensor], size: int, generator: torch.Generator) -> Tensor:
+    """Return `size` samples, as many of each class to one, which are drawn with replacement."""
+    each, left = divmod(size, len(classes))
+    more = torch.zeros(len(classes), dtype=torch.int64)
+    more[torch.randperm(len(classes), generator=generator)[:left]] = 1
+    drawn = [
+        members[torch.randint(len(members), (each + extra,), generator=generator)]
+        for members, extra in zip(classes, more.tolist(), strict=True)
+    ]
+    return torch.cat(drawn)[torch.randperm(size, generator=generator)]
+
+
 def held_out_batches(size: int, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
-    """Return one rank's batches of the test data; those of all ranks hold each sample once."""
+    """Return one rank's batches of a held-out split; those of all ranks hold each sample once."""
     keys = [(0, index) for index in range(rank, size, world_size)]
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from syncbn.errors import ConfigError
-from syncbn.train.data.sampling import Batch, Key, Samples
+from syncbn.train.data.sampling import Batch, Key, Samples, labels_in_memory
 
 # Tells this draw from others by the same seed.
 _DRAW = 0x5EED
@@ -49,18 +49,7 @@ class Part:
 def plain(samples: Samples) -> Samples:
     """Return samples without random changes, if they offer that by a method `plain`."""
     offered: Any = getattr(samples, "plain", None)
-    if not callable(offered):
-        return samples
-    found: Any = offered()
-    return found
-
-
-def labels_in_memory(samples: Samples) -> Tensor | None:
-    """Return the labels of all samples, shape (n,), int64; None if they are not at hand."""
-    labels = getattr(samples, "labels", None)
-    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1:
-        return labels
-    return None
+    return samples if offered is None else offered()
 
 
 def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Part | None]:

@@ -26,6 +26,8 @@ class DataConfig:
     shares: Shares = Shares.mixed
     # Not conf's default, for the configurations of runs from before there was a validation split.
     validation: BelowOne = 0.0
+    drop_last: bool = False
+    balanced: bool = False
 
 
 @dataclass(kw_only=True)

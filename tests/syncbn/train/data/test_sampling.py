@@ -22,7 +22,9 @@ from syncbn.train.data.sampling import (
     TrainingShare,
     held_out_batches,
     make_loader,
+    share_out,
 )
+from syncbn.train.schema import DigitsConfig, Shares
 from tests.support.jobs import is_alive, wait_until
 from tests.support.world import CONTEXT
 
@@ -48,9 +50,18 @@ class Numbered(Samples):
 
 
 def _shares(
-    size: int, batch_size: int, world_size: int, epoch: int = 0, start: int = 0, seed: int = 0
+    size: int,
+    batch_size: int,
+    world_size: int,
+    epoch: int = 0,
+    start: int = 0,
+    seed: int = 0,
+    **options: Any,
 ) -> list[TrainingShare]:
-    shares = [TrainingShare(size, batch_size, r, world_size, seed) for r in range(world_size)]
+    shares = [
+        TrainingShare(size, batch_size, rank, world_size, seed, **options)
+        for rank in range(world_size)
+    ]
     for share in shares:
         share.set_position(epoch, start)
     return shares
@@ -158,6 +169,111 @@ def test_epoch_resumed_by_another_number_of_ranks_has_the_rest_of_the_permutatio
     assert [shares[0].total(number) for number in range(len(batches))] == [
         len(batch) for batch in batches
     ]
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(("size", "batch_size"), [(7, 1), (48, 4), (97, 5)])
+def test_without_the_last_batch_all_batches_are_full(
+    size: int, batch_size: int, world_size: int
+) -> None:
+    shares = _shares(size, batch_size, world_size, epoch=2, drop_last=True)
+    batches = _joined(shares)
+    whole = batch_size * world_size
+    assert {len(batch) for batch in batches} == {whole}
+    assert shares[0].size_of_epoch == len(batches) * whole == size - size % whole
+    assert [index for batch in batches for _, index in batch] == _order(size, 2)[
+        : size - size % whole
+    ]
+    assert shares[-1].last_batch() == [batch_size] * world_size
+
+
+def test_an_epoch_without_a_full_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"drop_last=true leaves none of 7 .*2 replicas is 8"):
+        TrainingShare(7, 4, 0, 2, 0, drop_last=True)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("start", [0, 6, 31, 45, 46, 50])
+def test_steps_are_those_that_the_batches_make(
+    start: int, accumulate: int, drop_last: bool
+) -> None:
+    (share, _) = _shares(50, 3, 2, epoch=1, start=start, drop_last=drop_last)
+    batches = list(share)
+    assert share.steps(start, accumulate) == math.ceil(len(batches) / accumulate)
+    assert sum(share.total(number) for number in range(len(batches))) == share.size_of_epoch - start
+    assert share.size_of_epoch == (start + (50 - start) // 6 * 6 if drop_last else 50)
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "sizes"), [(9, 2, [1, 0]), (15, 2, [4, 3]), (16, 2, [4, 4]), (3, 1, [3])]
+)
+def test_what_each_rank_has_of_the_last_batch_is_known_at_the_start(
+    size: int, world_size: int, sizes: list[int]
+) -> None:
+    shares = _shares(size, 4, world_size)
+    assert [len(list(share)[-1]) for share in shares] == sizes
+    assert shares[0].last_batch() == sizes
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_balanced_epochs_have_as_many_samples_of_each_class(world_size: int) -> None:
+    labels = torch.tensor([0] * 60 + [2] * 30 + [5] * 7 + [6])
+    shares = _shares(98, 5, world_size, epoch=1, balanced=labels)
+    drawn = [index for batch in _joined(shares) for _, index in batch]
+    assert len(drawn) == 98
+    counts = labels[drawn].bincount()[[0, 2, 5, 6]]
+    assert sorted(counts.tolist()) == [24, 24, 25, 25]
+    assert len({index for index in drawn if labels[index] == 0}) > 10
+    for other in (
+        _shares(98, 5, 1, epoch=2, balanced=labels),
+        _shares(98, 5, 1, 1, seed=3, balanced=labels),
+    ):
+        assert [index for batch in _joined(other) for _, index in batch] != drawn
+    (same,) = _shares(98, 5 * world_size, 1, epoch=1, balanced=labels)
+    assert [index for batch in same for _, index in batch] == drawn
+    # Neighbors are of all classes.
+    assert set(labels[drawn[:12]].tolist()) == {0, 2, 5, 6}
+
+
+class _Labeled(Numbered):
+    labels = torch.arange(8) % 2
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({}, 8),
+        ({"drop_last": True, "batch_size": 3}, 6),
+        ({"balanced": True}, 8),
+        ({"shares": Shares.by_class}, 8),
+    ],
+)
+def test_samples_are_shared_out_as_configured(options: dict[str, Any], keys: int) -> None:
+    values: dict[str, Any] = {"batch_size": 2, "workers": 0} | options
+    config = DigitsConfig(**values)
+    shares = [share_out(config, _Labeled(8), rank, 2, 0) for rank in range(2)]
+    assert sum(len(batch) for share in shares for batch in share) == keys
+    if config.shares is Shares.by_class:
+        assert {index % 2 for batch in shares[0] for _, index in batch} == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"balanced": True}, "data.balanced=true needs the labels .*choose data.balanced=false"),
+        ({"shares": Shares.by_class}, "data.shares=by_class needs .*choose data.shares=mixed"),
+    ],
+)
+def test_labels_that_are_not_in_memory_are_asked_for(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        share_out(DigitsConfig(batch_size=2, workers=0, **options), Numbered(8), 0, 1, 0)
+
+
+def test_balanced_shares_are_not_by_class() -> None:
+    config = DigitsConfig(batch_size=2, workers=0, balanced=True, shares=Shares.by_class)
+    with pytest.raises(ConfigError, match=r"data\.shares=by_class rules out; choose one"):
+        share_out(config, _Labeled(8), 0, 1, 0)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
