@@ -42,3 +42,7 @@ class TrainingError(SyncBNError, RuntimeError):
 
 class DataError(SyncBNError, RuntimeError):
     """A sample cannot be read while a job trains, on one rank alone."""
+
+
+class ImageError(SyncBNError, ValueError):
+    """An image file cannot be read."""

@@ -18,7 +18,7 @@ from PIL import Image
 from service.errors import InvalidRequestError
 from service.images import read_image
 from syncbn.bundle import Manifest, read_bundle
-from syncbn.train.data.images import FolderImages
+from syncbn.train.data.folders import FolderImages
 from syncbn.train.schema import FolderConfig
 
 PREDICT = "/predict/shapes"
@@ -67,6 +67,14 @@ def test_image_of_the_models_size_is_taken_as_it_is(mode: str, channels: int, sc
     np.testing.assert_allclose(sample * scale, pixels / 255, rtol=1e-6)
 
 
+def _evaluated(file: Path, size: int = 8) -> Any:
+    """Return what training evaluates of a file."""
+    config = FolderConfig(
+        path=str(file.parent), size=size, batch_size=1, workers=0, flip=False, crop_scale_min=1.0
+    )
+    return FolderImages([(str(file), 0)], config, None).__getitems__([(0, 0)])[0][0].numpy()
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(40, 40), (51, 30), (30, 51), (5, 5), (90, 7), (99, 98)])
 def test_image_of_another_size_is_what_training_evaluates(
@@ -74,12 +82,7 @@ def test_image_of_another_size_is_what_training_evaluates(
 ) -> None:
     file = tmp_path / "image"
     file.write_bytes(_file(_noise(*size), form))
-    config = FolderConfig(
-        path=str(tmp_path), size=8, batch_size=1, workers=0, flip=False, crop_scale_min=1.0
-    )
-    expected = FolderImages([(str(file), 0)], config, None).__getitems__([(0, 0)])[0][0]
-    # Both round to whole values.
-    np.testing.assert_allclose(_read(file.read_bytes()), expected.numpy(), rtol=0, atol=1.001)
+    np.testing.assert_array_equal(_read(file.read_bytes()), _evaluated(file))
 
 
 def test_grey_image_is_coloured_and_a_coloured_one_made_grey_as_the_model_wants() -> None:
@@ -151,6 +154,52 @@ def test_image_is_turned_as_the_camera_was_held() -> None:
     assert sample[0, :, :3].mean() < 5
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_the_same_in_training_and_serving(
+    tmp_path: Path, orientation: int, form: str
+) -> None:
+    """A camera held otherwise stores another array and says how to turn it; both do."""
+    upright = _noise(50, 30).resize((100, 60), Image.Resampling.BICUBIC)
+    undone = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undone[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"quality": 100} if form == "JPEG" else {}
+    options |= {"lossless": True} if form == "WEBP" else {}
+    file = tmp_path / "image"
+    file.write_bytes(_file(stored, form, exif=exif, **options))
+    expected = _read(_file(upright))
+    np.testing.assert_allclose(
+        _read(file.read_bytes()), expected, rtol=0, atol=12 if form == "JPEG" else 0
+    )
+    np.testing.assert_array_equal(_read(file.read_bytes()), _evaluated(file))
+    changed = FolderImages(
+        [(str(file), 0)],
+        FolderConfig(path="", size=60, batch_size=1, workers=0, flip=False, crop_scale_min=1.0),
+        0,
+    )
+    # The whole area is seen, to the proportions from 3/4 to 4/3 that training draws.
+    image = changed.__getitems__([(0, 0)])[0][0].double()
+    whole = torch.from_numpy(np.asarray(upright.resize((60, 60)), np.float64)).permute(2, 0, 1)
+    errors = [float((image - turned).abs().mean()) for turned in _turned(whole)]
+    assert errors.index(min(errors)) == 0
+
+
+def _turned(image: torch.Tensor) -> list[torch.Tensor]:
+    """Return a square image in its eight orientations, upright first."""
+    turned = [image.rot90(number, (1, 2)) for number in range(4)]
+    return turned + [each.flip(2) for each in turned]
+
+
 # Opening a JPEG file reads its EXIF part already; the service logs what is said of that.
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_image_with_a_broken_orientation_is_read_as_it_is() -> None:
@@ -174,7 +223,7 @@ def test_image_with_a_broken_orientation_is_read_as_it_is() -> None:
         (_file(_noise(8, 8), "GIF"), "cannot be read as a PNG, JPEG or WebP image"),
         (_file(_noise(8, 8), "TIFF"), "cannot be read as a PNG, JPEG or WebP image"),
         (_file(_noise(60, 60))[:-200], "cannot be read as a PNG"),
-        (_file(_noise(101, 100)), "has 101×100 pixels; send at most 10000"),
+        (_file(_noise(101, 100)), "has 101×100 pixels; at most 10000 are read"),
         (_file(Image.new("I;16", (8, 8))), "more than 8 bits a channel (Pillow's mode I;16)"),
     ],
 )
@@ -213,10 +262,10 @@ def _webp_header(width: int, height: int) -> bytes:
     ("content", "message"),
     [
         # Pillow warns of the first two as it opens them, and refuses the last by itself.
-        (_png_header(10_000, 10_000), "has 10000×10000 pixels; send at most 10000"),
-        (_png_header(13_000, 13_000), "has 13000×13000 pixels; send at most 10000"),
-        (_png_header(2**31 - 1, 2**31 - 1), "pixels; send at most 10000"),
-        (_webp_header(16_000, 16_000), "pixels; send at most 10000"),
+        (_png_header(10_000, 10_000), "has 10000×10000 pixels; at most 10000 are read"),
+        (_png_header(13_000, 13_000), "has 13000×13000 pixels; at most 10000 are read"),
+        (_png_header(2**31 - 1, 2**31 - 1), "pixels; at most 10000 are read"),
+        (_webp_header(16_000, 16_000), "pixels; at most 10000 are read"),
     ],
     ids=["100 MP", "169 MP", "largest", "WebP"],
 )

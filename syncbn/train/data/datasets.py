@@ -11,9 +11,11 @@ from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
 from syncbn.errors import ConfigError
-from syncbn.train.data.checks import check_dataset
-from syncbn.train.data.images import TensorImages, read_cifar, read_folder, read_idx
-from syncbn.train.data.sampling import Batch, Samples
+from syncbn.train.data.checks import check_dataset, splits
+from syncbn.train.data.files import listed
+from syncbn.train.data.folders import read_folder
+from syncbn.train.data.images import TensorImages, read_cifar, read_idx
+from syncbn.train.data.sampling import Batch, Samples, labels_in_memory
 from syncbn.train.data.splits import Part, hold_out
 from syncbn.train.generators import seed_alike
 from syncbn.train.schema import (
@@ -57,7 +59,13 @@ class Dataset:
     palette: tuple[tuple[int, int, int], ...] | None = None
 
 
-def load_dataset(config: DataConfig, seed: int, *, any_targets: bool = False) -> Dataset:
+def load_dataset(
+    config: DataConfig,
+    seed: int,
+    *,
+    any_targets: bool = False,
+    moves: Callable[[], None] = lambda: None,
+) -> Dataset:
     """Return the configured data set; reads local files, and never the network.
 
     The random generators of Python, NumPy and torch are seeded first, the same on every rank, so
@@ -68,6 +76,7 @@ def load_dataset(config: DataConfig, seed: int, *, any_targets: bool = False) ->
             validation samples of its own.
         seed: decides that share, the random changes of training samples, and what is drawn.
         any_targets: whether targets may be other tensors than labels and masks.
+        moves: is called from time to time while all files are read, as `data.skip_damaged` asks.
 
     Raises:
         ConfigError: its files are missing or damaged, the user's own function fails, or its parts
@@ -82,11 +91,31 @@ def load_dataset(config: DataConfig, seed: int, *, any_targets: bool = False) ->
             where = f"data.path={config.path}"
         case _:
             where = f"data={config.name}"
+    if getattr(config, "skip_damaged", False):
+        dataset = _without_damaged(dataset, where, moves)
     check_dataset(dataset, where, any_targets)
     if dataset.validation is None and config.validation > 0:
         train, validation = hold_out(dataset.train, config.validation, seed)
         dataset = replace(dataset, train=train, validation=validation)
     return dataset
+
+
+def _without_damaged(dataset: Dataset, where: str, moves: Callable[[], None]) -> Dataset:
+    """Return a data set of files without those that cannot be read."""
+    kept: dict[str, Any] = {}
+    for name, samples in splits(dataset).items():
+        files: Any = samples
+        kept[name] = files.without_damaged(moves)
+    before, after = (labels_in_memory(each) for each in (dataset.train, kept["train"]))
+    if before is not None and after is not None:
+        lost = set(before.tolist()) - set(after.tolist())
+        if lost:
+            names = listed([dataset.classes[label] for label in sorted(lost)])
+            raise ConfigError(
+                f"{where}: no training image of {names} can be read; repair one at least, or "
+                "remove the class"
+            )
+    return replace(dataset, **kept)
 
 
 def digits(validation: float = 0.0, seed: int = 0) -> Dataset:

@@ -1,8 +1,7 @@
-"""Images in memory and on disk, and random changes to them that can be repeated."""
+"""Images in memory, the files of known data sets, and random changes that can be repeated."""
 
 import gzip
 import math
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,11 +14,9 @@ from torch import Tensor
 
 from syncbn.errors import ConfigError
 from syncbn.train.data.sampling import Batch, Key
-from syncbn.train.schema import FolderConfig
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _IDX_CLASSES = 10
 _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -72,7 +69,7 @@ class TensorImages:
         images, labels = self.samples[indices], self.labels[indices]
         if not keys or not (self._padding or self._flip):
             return images, labels
-        down, right, mirror = _random_words(self._seed, keys).T
+        down, right, mirror = random_words(self._seed, keys).T
         changed: _Array = images.numpy()
         if self._padding:
             changed = _cropped(changed, self._padding, down, right)
@@ -84,75 +81,6 @@ class TensorImages:
     def plain(self) -> "TensorImages":
         """Return the same images without random changes."""
         return TensorImages(self.samples, self.labels)
-
-
-class FolderImages:
-    """Images in files, decoded when they are fetched, as RGB of one size.
-
-    Args:
-        files: paths and labels.
-        config: the size, and how images are changed at random.
-        seed: decides the changes; None: there are none, but the middle of each image.
-
-    Attributes:
-        labels: of all images, shape (N,), int64.
-    """
-
-    def __init__(
-        self, files: list[tuple[str, int]], config: FolderConfig, seed: int | None
-    ) -> None:
-        self._files = files
-        self._config = config
-        self._seed = seed
-        self.labels = torch.tensor([label for _, label in files], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def plain(self) -> "FolderImages":
-        """Return the middle of each of the same images, without random changes."""
-        return FolderImages(self._files, self._config, None)
-
-    def __getitems__(self, keys: list[Key]) -> Batch:
-        """Return the images of keys, changed, shape (n, 3, size, size), uint8, and their labels."""
-        size = self._config.size
-        images = torch.empty(len(keys), 3, size, size, dtype=torch.uint8)
-        for number, key in enumerate(keys):
-            images[number] = self._image(key)
-        return images, self.labels[[index for _, index in keys]]
-
-    def _image(self, key: Key) -> Tensor:
-        from PIL import Image
-        from torchvision.transforms import v2
-
-        file, _ = self._files[key[1]]
-        try:
-            with Image.open(file) as opened:
-                mode = opened.mode
-                image: Tensor = v2.functional.pil_to_tensor(opened.convert("RGB"))
-        except Exception as error:  # decoders raise more than OSError
-            raise ConfigError(
-                f"cannot read the image {file}: {error}; repair it, or remove it from data.path"
-            ) from error
-        if mode.startswith(("I", "F")):
-            raise ConfigError(
-                f"the image {file} has more than 8 bits a channel (Pillow's mode {mode}), which "
-                "would become white; store it with 8 bits, or write a data set of your own for "
-                "data=custom"
-            )
-        size = self._config.size
-        if self._seed is None:
-            # The square first: a long strip would take gigabytes once its short side has the size.
-            side = min(image.shape[1:])
-            return v2.functional.resize(
-                v2.functional.center_crop(image, [side, side]), [size, size], antialias=True
-            )
-        area = (self._config.crop_scale_min, 1.0)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed GPUs too, whose generators are not put back.
-            torch.default_generator.manual_seed(int(_random_words(self._seed, [key])[0, 0]))
-            changed: Tensor = v2.RandomResizedCrop(size, area, antialias=True)(image)
-            return v2.RandomHorizontalFlip(0.5 if self._config.flip else 0.0)(changed)
 
 
 def read_cifar(path: str) -> tuple[Batch, Batch, tuple[str, ...]]:
@@ -217,85 +145,7 @@ def read_idx(path: str, how: str) -> tuple[Batch, Batch]:
     return splits[0], splits[1]
 
 
-def read_folder(config: FolderConfig, seed: int) -> tuple[dict[str, FolderImages], tuple[str, ...]]:
-    """Return the images below path/train/CLASS, val/CLASS and test/CLASS, and the classes.
-
-    One of val and test may be missing, and either may lack classes that train has.
-
-    Returns:
-        The splits that there are, by the names of their directories; only those of train are
-        changed at random.
-
-    Raises:
-        ConfigError: train, or both others, are missing or hold no image; a class of training holds
-            none; another split has a class that training lacks; a class's name is not Unicode.
-    """
-    path = Path(config.path)
-    try:
-        classes = _class_names(path / "train")
-        splits = {"train": _files(path / "train", classes)}
-        empty = sorted(set(range(len(classes))) - {label for _, label in splits["train"]})
-        if empty:
-            names = _listed([classes[label] for label in empty])
-            raise FileNotFoundError(f"there is no image of {names} in {path / 'train'}")
-        for split in ("val", "test"):
-            if (path / split).is_dir():
-                more = sorted(set(_class_names(path / split)) - set(classes))
-                if more:
-                    raise ConfigError(
-                        f"data.path={path}: {_listed(more)} is in {path / split} and not in "
-                        f"{path / 'train'}; nothing can be learned of it, so remove it, or add "
-                        "images of it for training"
-                    )
-                splits[split] = _files(path / split, classes)
-                if not splits[split]:
-                    raise FileNotFoundError(f"there is no image in {path / split}")
-        if len(splits) == 1:
-            raise FileNotFoundError(f"there is neither {path / 'val'} nor {path / 'test'}")
-    except OSError as error:
-        raise ConfigError(
-            f"data.path={path}: there must be images in {path}/train/CLASS, and in "
-            f"{path}/val/CLASS, {path}/test/CLASS or both: {error}"
-        ) from error
-    images = {
-        split: FolderImages(files, config, seed if split == "train" else None)
-        for split, files in splits.items()
-    }
-    return images, classes
-
-
-def _class_names(directory: Path) -> tuple[str, ...]:
-    """Return the names of the directories in a directory, in order."""
-    names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-    if not names:
-        raise FileNotFoundError(f"there is no directory in {directory}")
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"data.path: the name of the directory {os.fsencode(directory / name)!r} is not "
-                "UTF-8, so that no bundle could hold it as the name of a class; rename it"
-            ) from error
-    return tuple(names)
-
-
-def _files(directory: Path, classes: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Return the images below the directories of classes, and their labels, in order."""
-    return [
-        (str(Path(root) / name), label)
-        for label, class_ in enumerate(classes)
-        for root, _, names in sorted(os.walk(directory / class_, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(_EXTENSIONS)
-    ]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-
-
-def _random_words(seed: int, keys: list[Key]) -> _Array:
+def random_words(seed: int, keys: list[Key]) -> _Array:
     """Return three random numbers for each key, shape (n, 3), uint64.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014), the

@@ -45,6 +45,12 @@ class Part:
         """Return the same samples without random changes."""
         return Part(plain(self.samples), self.indices)
 
+    def files(self) -> list[Any]:
+        """Return what the whole says of its files, for this part; nothing if it has none."""
+        offered: Any = getattr(self.samples, "files", None)
+        found = offered() if offered is not None else []
+        return [found[index] for index in self._indices] if found else []
+
 
 def plain(samples: Samples) -> Samples:
     """Return samples without random changes, if they offer that by a method `plain`."""

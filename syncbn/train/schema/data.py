@@ -76,6 +76,7 @@ class FolderConfig(DataConfig):
     size: PositiveInt
     flip: bool
     crop_scale_min: Share
+    skip_damaged: bool = False
 
 
 @dataclass(kw_only=True)
