@@ -1,8 +1,9 @@
 """The graph of one module's own forward, in which the modules that it calls are single nodes."""
 
+import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,11 @@ class _Opaque:
     def __getattr__(self, name: str) -> Any:
         if name in _UNSEEN_ATTRIBUTES:
             raise KeptError(f"its model's forward uses the attribute {name!r} of a tensor")
-        return _Attribute(self, name)  # pyright: ignore[reportArgumentType] -- mixed into proxies alone
+        made = _Attribute(self, name)  # pyright: ignore[reportArgumentType] -- mixed into proxies alone
+        if not callable(getattr(Tensor, name, None)):
+            # Read it now: fx would do so at its first use, by when it may have another value.
+            _ = made.node
+        return made
 
 
 class _Value(_Opaque, fx.Proxy):
@@ -140,7 +145,17 @@ class _Value(_Opaque, fx.Proxy):
 
 
 class _Attribute(_Opaque, Attribute):
-    pass
+    def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Record the call of a method, which must be a tensor's.
+
+        Another object's, such as that of a list, could keep or change a list that it is given, of
+        which the graph has only a copy.
+        """
+        if not callable(getattr(Tensor, self.attr, None)):
+            raise KeptError(
+                f"its model's forward calls the method {self.attr!r}, which tensors do not have"
+            )
+        return super().__call__(*args, **kwargs)
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -169,6 +184,19 @@ for _name, _function in IN_PLACE.items():
     setattr(_Opaque, f"__{_name}__", _recorder(_function))
 
 
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield the containers that a value consists of, itself first."""
+    # By their types, because a stand-in does not let itself be asked what it is.
+    if issubclass(type(value), dict):
+        yield value
+        for each in value.values():
+            yield from _containers(each)
+    elif issubclass(type(value), (list, tuple, set, frozenset)):
+        yield value
+        for each in value:
+            yield from _containers(each)
+
+
 class _Tracer(Tracer):
     def __init__(self, kind: type, inlined: frozenset[nn.Module]) -> None:
         super().__init__()
@@ -178,6 +206,46 @@ class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a module is called as a whole: each but the sequences to look into."""
         return m not in self._inlined
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Record a call of a module, which the graph must be able to repeat."""
+        kinds = (
+            inspect.getattr_static(type(m), "__call__"),
+            inspect.getattr_static(nn.Module, "__call__"),
+        )
+        if kinds[0] is not kinds[1]:
+            raise KeptError(
+                f"its model's forward calls a {type(m).__name__}, which has its own __call__"
+            )
+        if any(type(value) in (list, dict) for value in _containers((*args, *kwargs.values()))):
+            raise KeptError(
+                f"its model's forward gives a list or dict to a {type(m).__name__}, which may "
+                "change it"
+            )
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return what stands for a parameter or buffer, read anew each time.
+
+        A module that is called in between may have replaced its buffer.
+        """
+        return super().getattr(attr, attr_val, {})
+
+    def create_arg(self, a: Any) -> Any:
+        """Return what stands for an argument or output in the graph, which makes it anew."""
+        for value in _containers(a):
+            kind = type(value)
+            if kind not in (list, dict, tuple) and not hasattr(kind, "_fields"):
+                raise KeptError(
+                    f"its model's forward makes an {kind.__name__}, which a graph cannot repeat"
+                )
+        return super().create_arg(a)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return what stands for a node's output, and remember it."""

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils import _pytree as pytree
 from syncbn.transforms.tracing import KeptError
 
 _OURS = __name__.rpartition(".")[0]
+_TRACING = fx.Tracer.__module__  # what calls a forward while it is traced
 _FORBIDDEN = {
     "STORE_ATTR": "sets an attribute",
     "DELETE_ATTR": "deletes an attribute",
@@ -54,6 +56,7 @@ class Watch(TorchFunctionMode):
         self.codes: dict[CodeType, dict[str, Any]] = {}
         self._before: Any = None
         self._collects = True
+        self._called_by_others: dict[str, str] = {}
 
     def __enter__(self) -> "Watch":
         super().__enter__()
@@ -81,7 +84,10 @@ class Watch(TorchFunctionMode):
 
     def _record(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code not in self.codes and not _is_library(frame.f_globals):
+        if event == "call" and not _is_library(frame.f_globals):
+            caller = {} if frame.f_back is None else frame.f_back.f_globals
+            if _is_library(caller) and caller.get("__name__") != _TRACING:
+                self._called_by_others[code.co_name] = str(caller.get("__name__"))
             free = {name: frame.f_locals.get(name) for name in code.co_freevars}
             self.codes[code] = {**frame.f_builtins, **frame.f_globals, **free}
 
@@ -91,6 +97,12 @@ class Watch(TorchFunctionMode):
         Raises:
             KeptError: the code does more than to read attributes and to call functions of torch.
         """
+        # What stands between two functions of the model, such as the decorator torch.autocast, may
+        # set what a trace does not record.
+        for function, module in self._called_by_others.items():
+            raise KeptError(
+                f"{function}() in its model is called by {module}, as a decorator would"
+            )
         names: set[str] = set()
         for code, scope in self.codes.items():
             names.update(_check_code(code, scope))
@@ -126,6 +138,8 @@ def _check_code(code: CodeType, scope: dict[str, Any]) -> set[str]:
         if step.opname == "STORE_DEREF" and step.argval in code.co_freevars:
             raise KeptError(f"{code.co_name}() in its model sets {step.argval!r} outside of it")
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if step.argval in ("__enter__", "__exit__"):
+                raise KeptError(f"{code.co_name}() in its model calls {step.argval}")
             names.add(step.argval)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (
             step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and step.argval in code.co_freevars
@@ -161,11 +175,18 @@ def is_constant(value: Any) -> bool:
         known = not library or value.__module__ in _PURE_MODULES or _is_torchs(value)
         return known and value not in _REVEALING_CLASSES
     if isinstance(value, FunctionType) and not _is_library(value.__globals__):
-        return True  # checked itself when it runs
+        # Its code is checked when it runs.
+        return _has_constant_defaults(value) and vars(value).keys() <= {"__wrapped__"}
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
         known = value in _FUNCTIONS or value in _torch_functions()
         return known or (value.__module__ in _PURE_MODULES and value.__module__ != "builtins")
     return isinstance(value, _CONSTANTS)
+
+
+def _has_constant_defaults(function: FunctionType) -> bool:
+    """Return whether the default values of a function's arguments cannot change."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return all(map(_is_immutable, defaults))
 
 
 def _is_torchs(value: type) -> bool:
@@ -181,8 +202,31 @@ def _torch_functions() -> frozenset[Any]:
     return frozenset(itertools.chain(*overridable, in_place, plain))
 
 
+@dataclass(frozen=True)
+class Member:
+    """What a class has under a name: a method or property, which a module may get another one of.
+
+    Attributes:
+        value: as the class holds it.
+    """
+
+    value: Any
+
+    def is_of(self, module: nn.Module, name: str) -> bool:
+        """Return whether a module still has it under this name."""
+        return name not in vars(module) and member(type(module), name) is self.value
+
+
+def member(kind: type, name: str) -> Any:
+    """Return what a class, as it was before `fuse`, has under a name, or None."""
+    kind = vars(kind).get("class_before_fuse", kind)
+    return next((vars(each)[name] for each in kind.__mro__ if name in vars(each)), None)
+
+
 def attributes(module: nn.Module, names: frozenset[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield the path, name and value of each attribute of a module, or of one in it, so named.
+
+    The value of a method or property is a `Member`.
 
     Raises:
         KeptError: such a value can change without being another object.
@@ -202,21 +246,25 @@ _ABSENT = object()
 
 
 def _attribute(module: nn.Module, name: str) -> Any:
-    """Return an attribute that is data, if a module has it, or None for an absent tensor."""
+    """Return an attribute that is no module, or None for an absent tensor."""
     for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage] -- nothing public tells of absent tensors
         if name in tensors:
             return _ABSENT if tensors[name] is not None else None
     if name in vars(module):
         return vars(module)[name]
-    if name in vars(nn.Module) or name in module._modules:  # pyright: ignore[reportPrivateUsage] -- as above
+    if name in module._modules:  # pyright: ignore[reportPrivateUsage] -- as above
         return _ABSENT
     value = inspect.getattr_static(type(module), name, _ABSENT)
     methods = (FunctionType, property, staticmethod, classmethod)
-    return _ABSENT if isinstance(value, methods) else value
+    return Member(value) if isinstance(value, methods) else value
 
 
 def _is_immutable(value: Any) -> bool:
     if isinstance(value, (tuple, frozenset)):
         return all(map(_is_immutable, value))
+    if isinstance(value, Member):
+        function = getattr(value.value, "__func__", getattr(value.value, "fget", value.value))
+        library = not isinstance(function, FunctionType) or _is_library(function.__globals__)
+        return library or is_constant(function)
     plain = (type(None), bool, int, float, complex, str, bytes, torch.device)
     return isinstance(value, plain) or is_constant(value)

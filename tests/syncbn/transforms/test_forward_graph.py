@@ -1,5 +1,6 @@
 """What a forward may do for its graph to stand for it, and what makes `fuse` leave it alone."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ class _Net(nn.Module):
     def __init__(self, follow: Callable[["_Net", Tensor, Tensor], object]) -> None:
         super().__init__()
         self.bn, self.follow = syncbn.SyncBatchNorm(C), follow
+        self.doubling, self.appending = _Doubling(), _Appending()
         self.number, self.scales, self.constant = 0, [2.0], torch.ones(1)
 
     def forward(self, x: Tensor) -> object:
@@ -45,6 +47,52 @@ def _without_gradient(net: _Net, y: Tensor, x: Tensor) -> Tensor:
 def _counts(net: _Net, y: Tensor, x: Tensor) -> Tensor:
     net.number += 1
     return y.relu()
+
+
+def _records(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    context = torch.autocast("cpu", torch.bfloat16)
+    context.__enter__()
+    z = y.relu() @ x.transpose(1, 2)
+    context.__exit__(None, None, None)
+    return z
+
+
+@torch.autocast("cpu", torch.bfloat16)  # pyright: ignore[reportUntypedFunctionDecorator] -- as torch has it
+def _in_half_precision(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    return y.relu() @ x.transpose(1, 2)
+
+
+@torch.inference_mode()
+def _in_inference_mode(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    return y.relu()
+
+
+def _with_memory(y: Tensor, seen: list[float] | None = [2.0]) -> Tensor:  # noqa: B006 -- what is tested
+    return y if seen is None else y * seen[0]
+
+
+def _with_attribute(y: Tensor) -> Tensor:
+    return y * _with_attribute.scale  # pyright: ignore[reportFunctionMemberAccess] -- set below
+
+
+_with_attribute.scale = 2.0  # pyright: ignore[reportFunctionMemberAccess] -- functions may have attributes
+
+
+class _Doubling(nn.Identity):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) * 2
+
+
+class _Appending(nn.Module):
+    def forward(self, tensors: list[Tensor]) -> Tensor:
+        tensors.append(tensors[0] * 2)
+        return tensors[0]
+
+
+def _gives_a_list(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    tensors = [y.relu()]
+    net.appending(tensors)
+    return torch.cat(tensors)
 
 
 _SCALES = [2.0]
@@ -83,6 +131,39 @@ WHOLES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], str]] = {
         lambda net, y, x: y.relu() * net.scales[0],
         "its model's forward may read 'scales', which may change",
     ),
+    "a decorator of torch": (
+        lambda net, y, x: _in_half_precision(net, y, x),
+        "_in_half_precision() in its model is called by torch.amp.autocast_mode",
+    ),
+    "another decorator of torch": (
+        lambda net, y, x: _in_inference_mode(net, y, x),
+        "_in_inference_mode() in its model is called by torch.utils._contextlib",
+    ),
+    "enters a context": (_records, "_records() in its model calls __enter__"),
+    "a default that may change": (
+        lambda net, y, x: _with_memory(y.relu()),
+        "<lambda>() in its model uses '_with_memory'",
+    ),
+    "an attribute of a function": (
+        lambda net, y, x: _with_attribute(y.relu()),
+        "<lambda>() in its model uses '_with_attribute'",
+    ),
+    "a module called in its own way": (
+        lambda net, y, x: net.doubling(y.relu()),
+        "its model's forward calls a _Doubling, which has its own __call__",
+    ),
+    "a list that a module may change": (
+        _gives_a_list,
+        "its model's forward gives a list or dict to a _Appending, which may change it",
+    ),
+    "a kind of dict": (
+        lambda net, y, x: OrderedDict(out=y.relu()),
+        "its model's forward makes an OrderedDict, which a graph cannot repeat",
+    ),
+    "a method of no tensor": (
+        lambda net, y, x: y.relu().append([x]),  # pyright: ignore[reportAttributeAccessIssue] -- a subclass may have it
+        "its model's forward calls the method 'append', which tensors do not have",
+    ),
     "a tensor of its own": (
         lambda net, y, x: y.relu() * net.constant,
         "its model's forward may read 'constant', which may change",
@@ -100,7 +181,56 @@ def test_forward_that_may_be_more_than_its_calls_is_left_alone(
     assert fusion.fused == {}
     assert fusion.kept["bn"].startswith(reason)
     assert type(fusion.model) is _Net
-    assert [module.training for module in fusion.model.modules()] == [True, False]
+    training = {name: module.training for name, module in fusion.model.named_modules()}
+    assert training == {"": True, "bn": False, "doubling": True, "appending": True}
+
+
+class _Average(nn.Module):
+    """Replaces its buffer by another tensor, at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.5 * self.average + x.detach().mean()
+        return x * 1.0
+
+
+class _ReadsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.ema = syncbn.SyncBatchNorm(C), _Average()
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.ema.average
+        return self.bn(self.ema(x)).relu() + self.ema.average - 3 * before
+
+
+def test_buffer_that_a_module_replaces_is_read_anew() -> None:
+    model = _ReadsTwice()
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn": "relu"}
+    for seed in range(2):
+        x = torch.randn(6, C, 3, generator=torch.Generator().manual_seed(seed)) + 1
+        torch.testing.assert_close(fusion.model(x), model(x))
+
+
+def _reads_a_shape_early(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    z = y.relu() * 1.0
+    shape = z.shape
+    z.unsqueeze_(0)
+    return (z * 2).view(shape)
+
+
+def test_attribute_of_a_tensor_is_read_before_the_tensor_changes() -> None:
+    model = _Net(_reads_a_shape_early)
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn": "relu"}
+    x = torch.randn(6, C, 3)
+    ours, truth = fusion.model(x), model(x)
+    assert ours.shape == truth.shape
+    torch.testing.assert_close(ours, truth)
 
 
 class _Optional(nn.Module):
