@@ -183,6 +183,7 @@ class _Graph:
             layer = self.traced.graph.create_node("get_attr", str(norm.target))
             choices: dict[str, Argument] = {
                 "adds": "add" in taken,
+                "residual_first": residual is not None and following.args[0] is residual,
                 "onto_output": residual is not None and _is_onto(norm, following),
                 "onto_residual": residual is not None and _is_onto(residual, following),
                 "relu": "relu" in taken,

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from syncbn.layers.batch_norm import SyncBatchNorm
 from syncbn.layers.converted import PLAIN
 from syncbn.transforms.forward_graph import LISTS, ForwardGraph
+from syncbn.transforms.purity import Member
 from syncbn.transforms.tracing import KeptError
 
 _ABSENT = object()
@@ -47,6 +48,8 @@ class Variant:
         plain: paths and types of other modules that must have no hooks.
         shapes: of the modules between the fused one and those that it calls.
         attributes: paths, names and values of what the forward may read.
+        tensors: paths of the parameters and buffers that it reads.
+        shared: for each module or tensor with several paths that it uses, these.
     """
 
     run: Callable[..., Any]
@@ -55,6 +58,8 @@ class Variant:
     plain: tuple[tuple[tuple[str, ...], type], ...]
     shapes: tuple[Shape, ...]
     attributes: tuple[tuple[tuple[str, ...], str, Any], ...]
+    tensors: tuple[tuple[str, ...], ...]
+    shared: tuple[tuple[tuple[str, ...], ...], ...]
 
     def fits(self, module: nn.Module) -> bool:
         """Return whether a module is still as it was when its forward was traced."""
@@ -63,6 +68,8 @@ class Variant:
             and all(_is_ready(_at(module, path)) for path in self.norms)
             and all(_is_bare(_at(module, path), kind) for path, kind in self.plain)
             and all(_has(_at(module, path), name, was) for path, name, was in self.attributes)
+            and all(_used(module, path) is not None for path in self.tensors)
+            and all(len({id(_used(module, path)) for path in paths}) == 1 for paths in self.shared)
         )
 
 
@@ -82,6 +89,8 @@ def variant(module: nn.Module, traced: ForwardGraph, norms: list[str], bare: lis
     called = [
         str(node.target) for node in traced.graph.nodes if node.op in ("call_module", "get_attr")
     ]
+    used = {_path(path) for path in (*called, *bare)}
+    tensors = [path for path in used if isinstance(_used(module, path), Tensor)]
     return Variant(
         scope["forward"],
         traced.kinds,
@@ -89,6 +98,8 @@ def variant(module: nn.Module, traced: ForwardGraph, norms: list[str], bare: lis
         tuple((path, type(_at(module, path))) for path in plain),
         tuple(_shapes(module, [*called, *bare])),
         tuple((_path(path), name, value) for path, name, value in traced.attributes),
+        tuple(tensors),
+        tuple(_shared(module, used)),
     )
 
 
@@ -158,6 +169,7 @@ def normalized(
     residual: Any,
     *,
     adds: bool,
+    residual_first: bool,
     onto_output: bool,
     onto_residual: bool,
     relu: bool,
@@ -169,13 +181,14 @@ def normalized(
         input: its input.
         residual: what is added to its output, if it `adds`.
         adds: whether there is an addition.
+        residual_first: whether the residual is its first operand, whose memory format a sum takes.
         onto_output: whether the addition is one in place to the output.
         onto_residual: whether it is one in place to the residual.
         relu: whether a ReLU follows.
     """
     given: tuple[Tensor, ...] = (input,)
     if adds:
-        if not _is_alike(input, residual):
+        if not _is_alike(input, residual, onto_output) or _holds_statistics(layer, residual):
             output = layer(input)
             if onto_output:
                 output += residual
@@ -183,7 +196,7 @@ def normalized(
                 residual += output
                 output = residual
             else:
-                output = output + residual
+                output = residual + output if residual_first else output + residual
             return functional.relu(output) if relu else output
         given = input, residual
     if not relu:
@@ -196,12 +209,29 @@ def normalized(
         layer.fuses_relu = False
 
 
-def _is_alike(input: Tensor, residual: Any) -> bool:
+def _is_alike(input: Tensor, residual: Any, onto_output: bool) -> bool:
+    """Return whether a sum has the input's shape, dtype, device and memory format."""
     return (
         isinstance(residual, Tensor)
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
+        and (onto_output or residual.stride() == input.stride())
+    )
+
+
+def _holds_statistics(layer: SyncBatchNorm, residual: Tensor) -> bool:
+    """Return whether a layer's call may change a residual, which it adds before.
+
+    It is so if the residual is a view of the layer's running statistics.
+    """
+    if layer.running_mean is None or layer.running_var is None:
+        return False
+    if torch.compiler.is_compiling():  # which cannot compare the memory of tensors
+        return residual.numel() <= layer.num_features or 0 in residual.stride()
+    return any(
+        torch._C._is_alias_of(residual, each)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue] -- nothing public compares memory under function transforms
+        for each in (layer.running_mean, layer.running_var)
     )
 
 
@@ -226,6 +256,32 @@ def _at(module: Any, path: tuple[str, ...]) -> Any:
             return None
         module = module._modules.get(name)
     return module
+
+
+def _used(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """Return the submodule, parameter or buffer at a path, or None."""
+    parent = _at(module, path[:-1])
+    if parent is None or not path:
+        return parent
+    for held in (parent._modules, parent._parameters, parent._buffers):
+        if path[-1] in held:
+            return held[path[-1]]
+    return None
+
+
+def _shared(module: nn.Module, used: set[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ...]]:
+    """Return all paths of each module or tensor that has several, one of which is used.
+
+    A trace has only one of them, whichever the forward takes.
+    """
+    paths: dict[int, list[tuple[str, ...]]] = {}
+    for name, each in (
+        *module.named_modules(remove_duplicate=False),
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        paths.setdefault(id(each), []).append(_path(name))
+    return [tuple(each) for each in paths.values() if len(each) > 1 and not used.isdisjoint(each)]
 
 
 def _shapes(module: nn.Module, called: list[str]) -> list[Shape]:
@@ -274,5 +330,7 @@ def _is_bare(module: Any, kind: type) -> bool:
 
 
 def _has(module: Any, name: str, was: Any) -> bool:
+    if isinstance(was, Member):
+        return isinstance(module, nn.Module) and was.is_of(module, name)
     now = getattr(module, name, _ABSENT)
     return now is was or (type(now) is type(was) and now == was)

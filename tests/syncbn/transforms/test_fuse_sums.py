@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
 from tests.support.step import assert_same_step
+from tests.support.world import run_world
 
 C = 4
 
@@ -79,3 +81,44 @@ def test_augmented_assignment_changes_what_else_refers_to_the_tensor() -> None:
     assert fusion.fused == {"bn": "relu"}
     x = torch.randn(3, C, 4).double()
     assert_same_step(fusion.model, model, x, x.flip(0))
+
+
+@pytest.mark.parametrize("other", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_sum_has_the_memory_format_of_before(in_place: bool, other: torch.memory_format) -> None:
+    model = _Sum(in_place).double()
+    fused = syncbn.fuse(model).model
+    x, residual = torch.randn(2, 3, C, 5, 6).double()
+    residual = residual.contiguous(memory_format=other)
+    assert fused(x, residual).stride() == model(x, residual).stride()
+    assert_same_step(fused, model, x, residual)
+
+
+class _AddsMean(nn.Module):
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.bn, self.expanded = syncbn.SyncBatchNorm(C), expanded
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.bn.running_mean.view(1, -1)  # pyright: ignore[reportOptionalMemberAccess] -- it tracks
+        if self.expanded:
+            mean = mean.expand_as(x)
+        return self.bn(x) + mean
+
+
+def _sum_with_the_running_mean() -> list[Tensor]:
+    x = torch.randn(2, C, generator=torch.Generator().manual_seed(0))[dist.get_rank()].view(1, C)
+    model = _AddsMean(expanded=False)
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn": "add"}
+    return [fusion.model(x), model(x)]
+
+
+def test_view_of_the_running_mean_is_added_after_the_layer_has_moved_it() -> None:
+    for ours, truth in run_world(2, _sum_with_the_running_mean):
+        torch.testing.assert_close(ours, truth)
+    model = _AddsMean(expanded=True)
+    fusion = syncbn.fuse(model)
+    assert fusion.fused == {"bn": "add"}
+    x = torch.randn(6, 1).expand(6, C)
+    torch.testing.assert_close(fusion.model(x), model(x))

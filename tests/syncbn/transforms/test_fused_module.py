@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 import syncbn
-from tests.support.step import assert_same_step, results_of_step
+from tests.support.step import assert_same_step, fused_calls, results_of_step
 from tests.support.world import run_world
 
 C = 4
@@ -70,28 +70,12 @@ FUSED = {
 X = torch.randn(3, 2, 4, 4, dtype=torch.float64)
 
 
-def _fused_calls(model: nn.Module) -> int:
-    """Return how many calls of a normalization in a copy's step take something along."""
-    calls = 0
-    original = syncbn.SyncBatchNorm.forward
-
-    def spy(self: syncbn.SyncBatchNorm, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        nonlocal calls
-        calls += self.fuses_relu or residual is not None
-        return original(self, input, residual)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(syncbn.SyncBatchNorm, "forward", spy)
-        copy.deepcopy(model)(X)
-    return calls
-
-
 def test_everything_of_the_model_stays_in_its_place() -> None:
     model = _net()
     fusion = syncbn.fuse(model)
     fused = fusion.model
     assert fusion.fused == FUSED
-    assert _fused_calls(fused) == 5
+    assert fused_calls(fused, X) == 5
     for of in ("named_modules", "named_parameters", "named_buffers"):
         ours, theirs = list(getattr(fused, of)()), list(getattr(model, of)())
         assert [name for name, _ in ours] == [name for name, _ in theirs]
@@ -145,7 +129,7 @@ def test_tied_parameters_stay_tied() -> None:
     assert isinstance(fused, nn.Sequential)
     assert fused[3].weight is fused[0].weight
     assert fused[4].running_mean is fused[1].running_mean
-    assert _fused_calls(fused) == 2
+    assert fused_calls(fused, X) == 2
     assert_same_step(fused, model, X)
     assert_same_step(fused, model, X)
 
@@ -154,7 +138,7 @@ def test_parametrized_layers_are_called_as_before() -> None:
     model = _net()
     parametrizations.weight_norm(model.get_submodule("1.conv1"))
     fused = syncbn.fuse(model).model
-    assert _fused_calls(fused) == 5
+    assert fused_calls(fused, X) == 5
     assert_same_step(fused, model, X)
 
 
@@ -215,7 +199,7 @@ def test_hooks_of_a_container_leave_what_is_in_it_fused() -> None:
     model.register_forward_hook(lambda *_: None)
     fusion = syncbn.fuse(model)
     assert fusion.fused == FUSED
-    assert _fused_calls(fusion.model) == 5
+    assert fused_calls(fusion.model, X) == 5
 
 
 def test_hooks_of_all_modules_see_every_module() -> None:
@@ -287,7 +271,7 @@ def test_what_is_changed_afterwards_counts(change: Callable[[nn.Module], None], 
     fused = syncbn.fuse(model).model
     for each in (model, fused):
         change(each)
-    assert _fused_calls(fused) == left
+    assert fused_calls(fused, X) == left
     assert_same_step(fused, model, X)
     assert_same_step(fused.eval(), model.eval(), X)
 
@@ -308,7 +292,7 @@ def test_saved_model_is_loaded_as_it_was_before() -> None:
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert [type(each) for each in loaded.modules()] == [type(each) for each in model.modules()]
-    assert _fused_calls(loaded) == 0
+    assert fused_calls(loaded, X) == 0
     assert_same_step(loaded, model, X)
     assert syncbn.fuse(loaded).fused == FUSED
 
