@@ -98,8 +98,8 @@ def create_app(
         registry,
         metrics,
         timeout_s=chosen.timeout_s,
-        max_batch_size=chosen.max_batch_size,
         max_request_rows=chosen.max_request_rows,
+        max_answer_bytes=chosen.max_answer_bytes,
         max_image_pixels=chosen.max_image_pixels,
     )
     for plain in (inference.plain_router, predict.router, repository.router):
@@ -165,6 +165,8 @@ def _compute(settings: Settings) -> Compute:
         max_queue_rows=settings.max_queue_rows,
         timeout_s=settings.timeout_s,
         drift=settings.drift,
+        max_batch_bytes=settings.max_batch_bytes,
+        max_queue_bytes=settings.max_queue_bytes,
     )
 
 

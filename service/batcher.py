@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from service.errors import ClientGoneError, ModelFailedError, OverloadedError, Q
 log = logging.getLogger(__name__)
 
 Array = NDArray[np.float32]
+Answer = NDArray[Any]
 # Of the time that a forward of the waiting rows takes, the most that they are held back for more.
 _WAIT_SHARE = 0.25
 _MAX_WAIT_S = 0.02
@@ -63,8 +64,9 @@ class ForwardTimes:
 @dataclass(slots=True, eq=False)
 class _Entry:
     samples: Array
+    compute: Callable[[Array], Answer]
     rows: int
-    answer: "asyncio.Future[Array]"
+    answer: "asyncio.Future[Answer]"
     is_gone: Callable[[], bool] | None
     arrived_s: float
     timer: asyncio.TimerHandle | None = None
@@ -82,7 +84,7 @@ class Batcher:
     first, as long as there is any.
 
     Args:
-        predict: from (rows, *shape) float32 to (rows, classes) float32; may raise anything.
+        predict: from samples (rows, *shape) float32 to answers (rows, *); may raise anything.
         times: how long it takes.
         executor: computes the forwards, one at a time; None: the event loop does.
         max_rows: of one forward, and so of one request.
@@ -95,7 +97,7 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Callable[[Array], Array],
+        predict: Callable[[Array], Answer],
         times: ForwardTimes,
         *,
         executor: Executor | None,
@@ -129,8 +131,12 @@ class Batcher:
         return self._waiting_rows
 
     async def predict(
-        self, samples: Array, deadline_s: float, is_gone: Callable[[], bool] | None = None
-    ) -> Array:
+        self,
+        samples: Array,
+        deadline_s: float,
+        is_gone: Callable[[], bool] | None = None,
+        compute: Callable[[Array], Answer] | None = None,
+    ) -> Answer:
         """Return the model's answer to some samples, alone or together with others'.
 
         Cancelling it takes the samples out of the queue.
@@ -139,9 +145,11 @@ class Batcher:
             samples: shape (rows, *shape), float32, of 1 to `max_rows` rows.
             deadline_s: the latest time for the answer, by the event loop's clock.
             is_gone: whether nobody waits any more; asked before the samples are computed.
+            compute: what answers them instead of the batcher's `predict`; only requests with the
+                same share a batch.
 
         Returns:
-            Shape (rows, classes), float32; what is not finite is returned as it is.
+            What it makes of the samples, (rows, *); what is not finite is returned as it is.
 
         Raises:
             QueueFullError: too many samples wait already.
@@ -161,8 +169,8 @@ class Batcher:
                     max(1, math.ceil(batches * self._times.of(self._max_rows))),
                 )
         loop = self._loop
-        answer: asyncio.Future[Array] = loop.create_future()
-        entry = _Entry(samples, rows, answer, is_gone, loop.time())
+        answer: asyncio.Future[Answer] = loop.create_future()
+        entry = _Entry(samples, compute or self._predict, rows, answer, is_gone, loop.time())
         entry.timer = loop.call_at(deadline_s, self._expire, entry)
         self._queue.append(entry)
         self._waiting += 1
@@ -255,14 +263,15 @@ class Batcher:
         self._observer.batch_started([now_s - entry.arrived_s for entry in batch], rows)
         self._running = batch
         requests = [entry.samples for entry in batch]
+        compute = batch[0].compute
         if self._executor is None:
-            self._finish(rows, *self._compute(requests))
+            self._finish(rows, *self._timed_answers(compute, requests))
             self._loop.call_soon(self._computed, requests[0])  # the answers leave before it
         else:
-            self._executor.submit(self._work, requests, rows)
+            self._executor.submit(self._work, compute, requests, rows)
 
     def _take(self) -> tuple[list[_Entry], int]:
-        """Return the next batch: as many of the first in the queue as fit, and their rows."""
+        """Return the next batch, as many of the first in the queue as go together, and its rows."""
         batch: list[_Entry] = []
         rows = 0
         while self._queue and rows + self._queue[0].rows <= self._max_rows:
@@ -273,6 +282,9 @@ class Batcher:
                 entry.answer.set_exception(ClientGoneError("the client went away"))
                 self._forget(entry)
                 continue
+            if batch and entry.compute != batch[0].compute:
+                self._queue.appendleft(entry)
+                break
             batch.append(entry)
             rows += entry.rows
             self._waiting -= 1
@@ -280,37 +292,45 @@ class Batcher:
             entry.rows = 0
         return batch, rows
 
-    def _work(self, requests: list[Array], rows: int) -> None:
+    def _work(self, compute: Callable[[Array], Answer], requests: list[Array], rows: int) -> None:
         """Compute a batch on the executor's thread, and bring the answers to the event loop."""
-        answers, seconds = self._compute(requests)
+        answers, seconds = self._timed_answers(compute, requests)
         self._loop.call_soon_threadsafe(self._finish, rows, answers, seconds)
         self._computed(requests[0])
 
-    def _compute(self, requests: list[Array]) -> tuple[list[Array | Exception], float]:
+    def _timed_answers(
+        self, compute: Callable[[Array], Answer], requests: list[Array]
+    ) -> tuple[list[Answer | Exception], float]:
         """Return each request's answer, or why it has none, and the seconds that it took."""
         start_s = time.perf_counter()
-        answers = self._answers(requests)
+        answers = self._answers(compute, requests)
         return answers, time.perf_counter() - start_s
 
-    def _answers(self, requests: list[Array]) -> list[Array | Exception]:
+    def _answers(
+        self, compute: Callable[[Array], Answer], requests: list[Array]
+    ) -> list[Answer | Exception]:
         samples = requests[0] if len(requests) == 1 else np.concatenate(requests)
         try:
-            together = self._predict(samples)
+            together = compute(samples)
         except Exception as error:  # whatever a model makes of its input
             if len(requests) == 1:
                 log.error("model %s failed", self._name, exc_info=error)
                 return [error]
             # Halves, until the request that the model fails on is alone: it fails alone.
             middle = len(requests) // 2
-            return self._answers(requests[:middle]) + self._answers(requests[middle:])
-        answers: list[Array | Exception] = []
+            return [
+                answer
+                for half in (requests[:middle], requests[middle:])
+                for answer in self._answers(compute, half)
+            ]
+        answers: list[Answer | Exception] = []
         first = 0
         for request in requests:
             answers.append(together[first : first + len(request)])
             first += len(request)
         return answers
 
-    def _finish(self, rows: int, answers: list[Array | Exception], seconds: float) -> None:
+    def _finish(self, rows: int, answers: list[Answer | Exception], seconds: float) -> None:
         batch, self._running = self._running, []
         self._times.saw(rows, seconds)
         self._clients = max(len(batch) + self._waiting, self._clients * _FORGET)

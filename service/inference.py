@@ -2,35 +2,41 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from service import tensors
+from service.describe import (
+    answer_of,
+    config_of,
+    drift_of,
+    metadata_of,
+    predictions_of,
+    statistics_of,
+)
 from service.errors import InvalidRequestError, ModelNotFoundError, ServiceError
 from service.images import read_image
 from service.metrics import Metrics
 from service.model import ServedModel
+from service.outputs import Answer, Outputs
+from service.pictures import mask_picture, palette_of
 from service.registry import Registry
 from service.schemas import (
-    Durations,
-    InferenceStatistics,
-    InputConfig,
-    InputDistance,
-    LayerDistance,
     ModelConfig,
     ModelDrift,
     ModelMetadata,
-    ModelStatistics,
-    OutputConfig,
-    Prediction,
     Predictions,
+    Segmentations,
     StatisticsList,
-    TensorMetadata,
+    TensorPredictions,
 )
 from service.tensors import Array
 
 IsGone = Callable[[], bool]
+_LARGE_BYTES = 1 << 20  # an answer above takes a thread, as others wait for the event loop
 _MAX_TIMEOUT_US = 86_400_000_000
 
 
@@ -41,8 +47,8 @@ class DataPlane:
         registry: the models.
         metrics: of them.
         timeout_s: longest wait for one answer, queueing included.
-        max_batch_size: most samples of one forward.
         max_request_rows: most samples in one request.
+        max_answer_bytes: of the tensors that one request is answered with.
         max_image_pixels: of an image that is decoded.
     """
 
@@ -52,15 +58,15 @@ class DataPlane:
         metrics: Metrics,
         *,
         timeout_s: float,
-        max_batch_size: int,
         max_request_rows: int,
+        max_answer_bytes: int,
         max_image_pixels: int,
     ) -> None:
         self.registry = registry
         self._metrics = metrics
         self._timeout_s = timeout_s
-        self._max_batch_size = max_batch_size
         self._max_request_rows = max_request_rows
+        self._max_answer_bytes = max_answer_bytes
         self._max_image_pixels = max_image_pixels
 
     async def infer(
@@ -78,7 +84,7 @@ class DataPlane:
         Raises:
             ModelNotFoundError: there is no such model.
             InvalidRequestError: the request is not of the protocol, its tensors do not fit the
-                model, or the model's answer to them is not finite.
+                model, or the model's answer to them is not finite or too large.
             ServiceError: as `Batcher.predict`.
         """
         start_s = asyncio.get_running_loop().time()
@@ -88,32 +94,63 @@ class DataPlane:
             request, binary = tensors.read_request(body, json_bytes, spec)
             samples = tensors.read_samples(request, binary, spec, self._max_request_rows)
             deadline_s = start_s + self._timeout_of(request)
-            probabilities = await self._predict(model, samples, deadline_s, is_gone)
-            answer = tensors.write_response(
-                request, (model.name, model.version), probabilities, model.manifest.classes
+            outputs = model.outputs
+            size_bytes = self._answer_bytes(outputs, request, len(samples))
+            whole = outputs.needs_whole(output.name for output in request.outputs or ())
+            values = await self._predict(model, samples, deadline_s, is_gone, whole=whole)
+            write = partial(
+                tensors.write_response,
+                request,
+                (model.name, model.version),
+                values,
+                model.manifest.classes,
+                outputs.make,
+                outputs.default,
             )
+            answer = write() if size_bytes < _LARGE_BYTES else await asyncio.to_thread(write)
             count.answered = len(samples)
             return answer
 
-    async def classify(
+    def _answer_bytes(self, outputs: Outputs, request: tensors.InferenceRequest, rows: int) -> int:
+        """Return about how large an answer will be, after refusing what is too large."""
+        wanted = request.outputs or [tensors.RequestedOutput(name) for name in outputs.default]
+        size_bytes = 0
+        for output in wanted:
+            binary = tensors.is_binary(request, output)
+            size_bytes += outputs.size_bytes(output.name, rows, binary=binary)
+        if size_bytes > self._max_answer_bytes:
+            raise InvalidRequestError(
+                f"the answer to {rows} samples would have about {size_bytes} bytes, of at most "
+                f"{self._max_answer_bytes}; send fewer, ask for fewer outputs, or take them in "
+                "binary"
+            )
+        return size_bytes
+
+    async def recognize(
         self,
         name: str,
         version: str | None,
         files: Sequence[tuple[str, bytes]],
         is_gone: IsGone,
-    ) -> Predictions:
-        """Return the classes of image files.
+        *,
+        with_mask: bool = False,
+    ) -> Predictions | Segmentations | TensorPredictions:
+        """Return what a model makes of image files: classes, shares of classes, or its tensor.
+
+        They are decoded, computed and described a batch at a time, so that their number does not
+        decide how much memory they take.
 
         Args:
             name: of the model.
             version: None: its newest.
             files: the name and content of each.
             is_gone: whether nobody waits for the answer any more.
+            with_mask: whether a segmentation comes with its mask as a picture.
 
         Raises:
             ModelNotFoundError: there is no such model.
             InvalidRequestError: there is no file or there are too many, one of them is no image,
-                or the model takes no images.
+                or the model takes no images, or its answer is not finite or too large.
             ServiceError: as `Batcher.predict`.
         """
         deadline_s = asyncio.get_running_loop().time() + self._timeout_s
@@ -123,53 +160,94 @@ class DataPlane:
                 raise InvalidRequestError(
                     f"{len(files)} image files in one request; send 1 to {self._max_request_rows}"
                 )
-            samples = np.stack(
-                [
-                    await asyncio.to_thread(
-                        read_image,
-                        content,
-                        model.manifest,
-                        max_pixels=self._max_image_pixels,
-                        name=file_name,
-                    )
-                    for file_name, content in files
-                ]
-            )
-            probabilities = await self._predict(model, samples, deadline_s, is_gone)
-            count.answered = len(samples)
-        classes = model.manifest.classes
-        return Predictions(
-            model_name=model.name,
-            model_version=model.version,
-            predictions=[
-                Prediction(
-                    label=classes[max(range(len(classes)), key=row.__getitem__)],
-                    probability=max(row),
-                    probabilities=dict(zip(classes, row, strict=True)),
+            if model.manifest.task == "tensor":
+                self._answer_bytes(model.outputs, tensors.InferenceRequest([]), len(files))
+            predictions: list[Any] = []
+            for first in range(0, len(files), model.max_rows):
+                part = files[first : first + model.max_rows]
+                answers = await self._look_at(model, part, deadline_s, is_gone)
+                describe = partial(predictions_of, model, answers, with_mask=with_mask)
+                small = model.manifest.task == "classification"
+                predictions += describe() if small else await asyncio.to_thread(describe)
+            count.answered = len(files)
+        return answer_of(model, predictions)
+
+    async def paint(
+        self, name: str, version: str | None, file: tuple[str, bytes], is_gone: IsGone
+    ) -> bytes:
+        """Return the mask of an image file as a PNG file whose palette is that of the classes.
+
+        Args:
+            name: of the model, a segmentation.
+            version: None: its newest.
+            file: its name and content.
+            is_gone: whether nobody waits for the answer any more.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+            InvalidRequestError: the file is no image, or the model's answer is not finite or has
+                more classes than a palette.
+            ServiceError: as `Batcher.predict`.
+        """
+        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        model = self.registry.get(name, version)
+        with _Counted(model) as count:
+            answers = await self._look_at(model, [file], deadline_s, is_gone)
+            palette = palette_of(model.manifest)
+            picture = await asyncio.to_thread(mask_picture, answers[0], palette)
+            count.answered = 1
+        return picture
+
+    async def _look_at(
+        self,
+        model: ServedModel,
+        files: Sequence[tuple[str, bytes]],
+        deadline_s: float,
+        is_gone: IsGone,
+    ) -> Answer:
+        """Return a model's compact answers to image files, one a row."""
+        samples = np.stack(
+            [
+                await asyncio.to_thread(
+                    read_image,
+                    content,
+                    model.manifest,
+                    max_pixels=self._max_image_pixels,
+                    name=file_name,
                 )
-                for row in probabilities.tolist()
-            ],
+                for file_name, content in files
+            ]
         )
+        return await self._predict(model, samples, deadline_s, is_gone)
 
     async def _predict(
-        self, model: ServedModel, samples: Array, deadline_s: float, is_gone: IsGone
-    ) -> Array:
-        most = self._max_batch_size
+        self,
+        model: ServedModel,
+        samples: Array,
+        deadline_s: float,
+        is_gone: IsGone,
+        *,
+        whole: bool = False,
+    ) -> Answer:
+        compute = model.predictor.whole if whole else None
+        most = model.max_rows
         if len(samples) <= most:
-            probabilities = await model.batcher.predict(samples, deadline_s, is_gone)
+            answers = await model.batcher.predict(samples, deadline_s, is_gone, compute)
         else:
             # One part after the other, so that others' requests go between them.
-            probabilities = np.concatenate(
+            answers = np.concatenate(
                 [
-                    await model.batcher.predict(samples[at : at + most], deadline_s, is_gone)
+                    await model.batcher.predict(
+                        samples[at : at + most], deadline_s, is_gone, compute
+                    )
                     for at in range(0, len(samples), most)
                 ]
             )
-        if not tensors.all_finite(probabilities):
+        if not model.outputs.is_finite(answers):
             raise InvalidRequestError(
                 f"model {model.name!r} overflowed on this input; are its values in the usual range?"
             )
-        return probabilities
+        return answers
 
     def _timeout_of(self, request: tensors.InferenceRequest) -> float:
         """Return the seconds that a request may take: what it says, but not more than ours."""
@@ -188,25 +266,7 @@ class DataPlane:
         Raises:
             ModelNotFoundError: there is no such model.
         """
-        manifest = self.registry.get(name, version).manifest
-        spec = manifest.input
-        return ModelMetadata(
-            name=name,
-            versions=self.registry.versions_of(name),
-            platform="syncbn_bundle",
-            inputs=[TensorMetadata(name=spec.name, datatype="FP32", shape=[-1, *spec.shape])],
-            outputs=[
-                TensorMetadata(
-                    name=tensors.PROBABILITIES, datatype="FP32", shape=[-1, len(manifest.classes)]
-                ),
-                TensorMetadata(name=tensors.LABEL, datatype="BYTES", shape=[-1]),
-            ],
-            parameters={
-                "architecture": manifest.architecture.name,
-                "classes": list(manifest.classes),
-                "metrics": manifest.metrics,
-            },
-        )
+        return metadata_of(self.registry.get(name, version), self.registry.versions_of(name))
 
     def config(self, name: str, version: str | None = None) -> ModelConfig:
         """Return a model's configuration, in Triton's words.
@@ -214,26 +274,7 @@ class DataPlane:
         Raises:
             ModelNotFoundError: there is no such model.
         """
-        manifest = self.registry.get(name, version).manifest
-        return ModelConfig(
-            name=name,
-            platform="syncbn_bundle",
-            backend="syncbn",
-            max_batch_size=self._max_request_rows,
-            input=[
-                InputConfig(
-                    name=manifest.input.name, data_type="TYPE_FP32", dims=list(manifest.input.shape)
-                )
-            ],
-            output=[
-                OutputConfig(
-                    name=tensors.PROBABILITIES,
-                    data_type="TYPE_FP32",
-                    dims=[len(manifest.classes)],
-                ),
-                OutputConfig(name=tensors.LABEL, data_type="TYPE_STRING", dims=[1]),
-            ],
-        )
+        return config_of(self.registry.get(name, version), self._max_request_rows)
 
     def statistics(self, name: str | None = None, version: str | None = None) -> StatisticsList:
         """Return how often models were asked and how long it took, over all workers.
@@ -249,34 +290,10 @@ class DataPlane:
             self.registry.get(name, version)
         return StatisticsList(
             model_stats=[
-                self._statistics_of(each, number)
+                statistics_of(each, number, self._metrics.statistics(each, number))
                 for each in ([name] if name is not None else self.registry.names())
                 for number in ([version] if version else self.registry.versions_of(each))
             ]
-        )
-
-    def _statistics_of(self, name: str, version: str) -> ModelStatistics:
-        seen = self._metrics.statistics(name, version)
-        answered = seen.requests.get("ok", 0)
-        refused = sum(seen.requests.values()) - answered
-        nothing = Durations(count=0, ns=0)
-        queue = Durations(count=seen.queue_count, ns=round(seen.queue_seconds * 1e9))
-        forward = Durations(count=seen.batches, ns=round(seen.forward_seconds * 1e9))
-        return ModelStatistics(
-            name=name,
-            version=version,
-            last_inference=0,
-            inference_count=seen.rows,
-            execution_count=seen.batches,
-            inference_stats=InferenceStatistics(
-                success=Durations(count=answered, ns=queue.ns + forward.ns),
-                fail=Durations(count=refused, ns=0),
-                queue=queue,
-                compute_input=nothing,
-                compute_infer=forward,
-                compute_output=nothing,
-            ),
-            batch_stats=[],
         )
 
     def drift(self, name: str, version: str | None = None) -> ModelDrift:
@@ -290,20 +307,7 @@ class DataPlane:
             raise ModelNotFoundError(
                 "drift is not watched: the service was started with --no-drift"
             )
-        report = model.watch.report()
-        return ModelDrift(
-            model_name=model.name,
-            model_version=model.version,
-            samples=report.samples,
-            input=InputDistance(
-                distance=report.input_distance,
-                channels=None if report.channels is None else list(report.channels),
-            ),
-            layers=[
-                LayerDistance(name=layer.name, distance=layer.distance, batches=layer.batches)
-                for layer in report.layers
-            ],
-        )
+        return drift_of(model, model.watch.report())
 
     def measure_drift(self) -> None:
         """Bring the metrics of drift up to date, as this worker saw it."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
-from service.batcher import Array, Batcher, ForwardTimes
+from service.batcher import Answer, Array, Batcher, ForwardTimes
 from service.drift import DriftWatch
 from service.metrics import Metrics, ModelMetrics
+from service.outputs import Outputs, outputs_of
 from syncbn.bundle import Bundle, Manifest, Preprocessing, read_bundle
 from syncbn.errors import BundleError, ConversionError
 from syncbn.transforms.fold import fold
@@ -45,6 +47,8 @@ class Compute:
         max_queue_rows: most rows that wait for one model.
         timeout_s: how long a model that is replaced goes on answering what it was asked.
         drift: whether to watch it.
+        max_batch_bytes: of input and output of a forward, in float32, unless one sample has more.
+        max_queue_bytes: of the samples that wait for one model, unless they are one batch.
     """
 
     device: torch.device
@@ -55,14 +59,16 @@ class Compute:
     max_queue_rows: int
     timeout_s: float
     drift: bool
+    max_batch_bytes: int = 256 << 20
+    max_queue_bytes: int = 2 << 30
 
 
 class Predictor:
-    """The probabilities of raw samples, as fast as torch has them.
+    """The answers to raw samples, as fast as torch has them.
 
-    Computes softmax(model((x·scale − mean)/std)) in inference mode, with BN folded into the layers
-    before it, channels_last for images. Error: that of folding, and of computing
-    x·(scale/std) − mean/std instead.
+    Computes model((x·scale − mean)/std) in inference mode, with BN folded into the layers before
+    it, channels_last for images, and of it what the model's task answers. Error: that of folding,
+    and of computing x·(scale/std) − mean/std instead.
 
     Args:
         bundle: left unchanged.
@@ -70,6 +76,7 @@ class Predictor:
 
     Attributes:
         model: the folded copy.
+        outputs: what the model answers.
     """
 
     def __init__(self, bundle: Bundle, compute: Compute) -> None:
@@ -84,18 +91,34 @@ class Predictor:
         self.model = model
         preprocessing = bundle.manifest.preprocessing
         self._factor, self._shift = _affine(preprocessing, 1 + len(shape), compute.device)
+        self.outputs: Outputs = outputs_of(bundle.manifest, _output_shape(bundle))
 
-    def logits(self, samples: Tensor) -> Tensor:
-        """Return the model's logits of raw samples (rows, *shape), float32 on the CPU."""
+    def output(self, samples: Tensor) -> Tensor:
+        """Return the model's own output for raw samples (rows, *shape), in float32."""
         with torch.inference_mode():
             x = samples.to(self._device, non_blocking=True)
             x = torch.addcmul(self._shift, x, self._factor)
             return self.model(x.to(self._dtype, memory_format=self._format)).float()
 
-    def __call__(self, samples: Array) -> Array:
-        """Return the probabilities (rows, classes) of raw samples (rows, *shape), float32."""
+    def __call__(self, samples: Array) -> Answer:
+        """Return the usual answer to raw samples (rows, *shape): see `Outputs.compact`."""
         with torch.inference_mode():
-            return self.logits(torch.from_numpy(samples)).softmax(1).cpu().numpy()
+            return self.outputs.compact(self.output(torch.from_numpy(samples))).cpu().numpy()
+
+    def whole(self, samples: Array) -> Answer:
+        """Return all that the model answers to raw samples (rows, *shape): see `Outputs.whole`."""
+        with torch.inference_mode():
+            return self.outputs.whole(self.output(torch.from_numpy(samples))).cpu().numpy()
+
+
+def _output_shape(bundle: Bundle) -> tuple[int, ...]:
+    """Return the shape of what a model returns for one sample."""
+    classes, shape = len(bundle.manifest.classes), bundle.manifest.input.shape
+    if bundle.manifest.task == "classification":
+        return (classes,)
+    if bundle.manifest.task == "segmentation":
+        return (classes, *shape[1:])
+    return tuple(bundle.outputs(torch.from_numpy(random_samples(bundle.manifest, 1))).shape[1:])
 
 
 def _affine(preprocessing: Preprocessing, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,6 +139,8 @@ class ServedModel:
         manifest: of the bundle.
         metrics: of this version.
         predictor: what computes.
+        outputs: what it answers.
+        max_rows: of a forward.
         watch: of its inputs' drift; None: nobody watches.
         batcher: after `start`.
         users: requests that need it yet, of which each may ask the batcher more than once.
@@ -138,6 +163,8 @@ class ServedModel:
         self.watch = DriftWatch(bundle) if compute.drift else None
         self._compute = compute
         self.predictor = predictor
+        self.outputs = predictor.outputs
+        self.max_rows = _most_rows(bundle.manifest, self.outputs, compute)
         self.users = 0
         self._unused = asyncio.Event()
         self._executor: ThreadPoolExecutor | None = None
@@ -145,7 +172,7 @@ class ServedModel:
 
     def _warm_up(self) -> ForwardTimes:
         """Compute batches of all sizes that are likely, and choose where forwards run."""
-        shape, most = self.manifest.input.shape, self._compute.max_batch_size
+        shape, most = self.manifest.input.shape, self.max_rows
 
         def times(threads: int) -> dict[int, float]:
             torch.set_num_threads(threads)
@@ -173,12 +200,16 @@ class ServedModel:
 
     def start(self) -> None:
         """Begin to answer, on the running event loop."""
+        sample_bytes = 4 * math.prod(self.manifest.input.shape)
+        queue_rows = min(
+            self._compute.max_queue_rows, self._compute.max_queue_bytes // sample_bytes
+        )
         self.batcher = Batcher(
             self.predictor,
             self._times,
             executor=self._executor,
-            max_rows=self._compute.max_batch_size,
-            max_queue_rows=self._compute.max_queue_rows,
+            max_rows=self.max_rows,
+            max_queue_rows=max(queue_rows, min(self.max_rows, self._compute.max_queue_rows)),
             observer=self.metrics,
             computed=self._computed,
             name=self.name,
@@ -239,16 +270,18 @@ def load_model(
     exact = replace(compute, dtype=torch.float32, compile=False)
     try:
         predictor = Predictor(bundle, exact)
-        samples = _random_samples(bundle.manifest)
-        probabilities = _check(bundle, predictor, samples, path)
+        rows = _most_rows(bundle.manifest, predictor.outputs, exact)
+        samples = random_samples(bundle.manifest, max(2, min(_CHECKED_ROWS, rows)))
+        answers = _check(bundle, predictor, samples, path)
         if (compute.dtype, compute.compile) != (torch.float32, False):
             predictor = Predictor(bundle, compute)
+            what = "values" if bundle.manifest.task == "tensor" else "probabilities"
             tolerance = _BATCH_TOLERANCE if compute.dtype == torch.float32 else _BFLOAT16_TOLERANCE
             _check_alike(
-                predictor(samples),
-                probabilities,
-                tolerance,
-                f"{path}: compiled or in {compute.dtype}, the probabilities differ from those in "
+                predictor.whole(samples),
+                answers,
+                tolerance * _scale(bundle.manifest, answers),
+                f"{path}: compiled or in {compute.dtype}, the {what} differ from those in "
                 "float32; serve it without",
             )
         return ServedModel(
@@ -267,36 +300,58 @@ def _refuse_without_statistics(model: nn.Module, path: Path) -> None:
             )
 
 
-def _check(bundle: Bundle, predictor: Predictor, samples: Array, path: Path) -> Array:
-    """Return the probabilities of raw samples, after checking the predictor with them."""
+def _most_rows(manifest: Manifest, outputs: Outputs, compute: Compute) -> int:
+    """Return how many samples a forward may have: as many as their values leave room for."""
+    values = max(math.prod(spec.shape) for spec in outputs.specs)
+    sample_bytes = 4 * (math.prod(manifest.input.shape) + values)
+    return max(1, min(compute.max_batch_size, compute.max_batch_bytes // sample_bytes))
+
+
+def _scale(manifest: Manifest, answers: Answer) -> float:
+    """Return what tolerances are relative to: 1 for probabilities."""
+    return _largest(answers) if manifest.task == "tensor" else 1.0
+
+
+def _largest(values: Answer) -> float:
+    """Return the largest magnitude among the finite values, or 1 if it is below that."""
+    return float(np.abs(values).max(where=np.isfinite(values), initial=1.0))
+
+
+def _check(bundle: Bundle, predictor: Predictor, samples: Array, path: Path) -> Answer:
+    """Return the whole answers to raw samples, after checking the predictor with them."""
     raw = torch.from_numpy(samples)
     with torch.inference_mode():
         wanted = bundle.model(bundle.manifest.preprocessing.apply(raw))
-    largest = float(wanted.abs().max().nan_to_num(1.0))
     _check_alike(
-        predictor.logits(raw).cpu().numpy(),
-        wanted.numpy(),
-        _LOGITS_TOLERANCE * max(1.0, largest),
+        predictor.output(raw).cpu().numpy(),
+        wanted.float().numpy(),
+        _LOGITS_TOLERANCE * _largest(wanted.numpy()),
         f"{path}: folding batch normalization changes the model's answer",
     )
-    together = predictor(samples)
-    alone = np.concatenate([predictor(samples[at : at + 1]) for at in range(len(samples))])
+    together = predictor.whole(samples)
+    alone = np.concatenate([predictor.whole(samples[at : at + 1]) for at in range(len(samples))])
     _check_alike(
-        alone, together, _BATCH_TOLERANCE, f"{path}: an answer depends on what else is in its batch"
+        alone,
+        together,
+        _BATCH_TOLERANCE * _scale(bundle.manifest, together),
+        f"{path}: an answer depends on what else is in its batch",
     )
     return together
 
 
-def _check_alike(values: Array, wanted: Array, tolerance: float, message: str) -> None:
+def _check_alike(values: Answer, wanted: Answer, tolerance: float, message: str) -> None:
+    if values.shape != wanted.shape:
+        raise BundleError(f"{message}: its shape is {values.shape}, and not {wanted.shape}")
     if not np.allclose(values, wanted, rtol=0, atol=tolerance, equal_nan=True):
-        difference = np.abs(values - wanted).max()
+        with np.errstate(invalid="ignore"):  # of infinities in the same places
+            difference = np.abs(values - wanted).max()
         raise BundleError(f"{message}: the difference is {difference:.3g}, of {tolerance:.3g}")
 
 
-def _random_samples(manifest: Manifest) -> Array:
+def random_samples(manifest: Manifest, rows: int) -> Array:
     """Return raw samples that preprocessing makes standard normal."""
     spec, preprocessing = manifest.input, manifest.preprocessing
-    normal = np.random.default_rng(0).standard_normal((_CHECKED_ROWS, *spec.shape))
+    normal = np.random.default_rng(0).standard_normal((rows, *spec.shape))
     shape = (-1, *[1] * (len(spec.shape) - 1))
     mean, std = (np.reshape(each, shape) for each in (preprocessing.mean, preprocessing.std))
     scale = preprocessing.scale or 1.0

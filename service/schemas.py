@@ -140,12 +140,48 @@ class Prediction(_Body):
     probabilities: dict[str, float]
 
 
+class Segmentation(_Body):
+    """What a segmentation makes of one image, as large as the model's input.
+
+    `shares` are those of all pixels, by class. `mask` is a PNG file in Base64 whose pixels are the
+    indices of classes; null unless it was asked for, or if there are more than 256 classes.
+    """
+
+    shares: dict[str, float]
+    height: int
+    width: int
+    mask: str | None
+
+
+class TensorPrediction(_Body):
+    """What a model that answers a tensor makes of one image; flat, in row-major order."""
+
+    shape: list[int]
+    output: list[float]
+
+
 class Predictions(_Body):
     """The answer of /predict/{name}: one prediction a file, in their order."""
 
     model_name: str
     model_version: str
     predictions: list[Prediction]
+
+
+class Segmentations(_Body):
+    """The answer of /predict/{name} of a segmentation: one a file, in their order."""
+
+    model_name: str
+    model_version: str
+    predictions: list[Segmentation]
+
+
+class TensorPredictions(_Body):
+    """The answer of /predict/{name} of a model that answers a tensor: one a file."""
+
+    model_name: str
+    model_version: str
+    predictions: list[TensorPrediction]
 
 
 class ServerMetadata(_Body):

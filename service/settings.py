@@ -51,11 +51,27 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(
         default=32, gt=0, le=65536, description="most samples that one forward computes"
     )
+    max_batch_bytes: int = Field(
+        default=256 << 20,
+        gt=0,
+        description="most bytes of input and output that one forward computes, in float32; a "
+        "sample that has more goes alone",
+    )
     max_request_rows: int = Field(
         default=1024, gt=0, description="most samples accepted in one request"
     )
     max_queue_rows: int = Field(
         default=4096, gt=0, description="most samples that wait for one model; more are refused"
+    )
+    max_queue_bytes: int = Field(
+        default=2 << 30,
+        gt=0,
+        description="most bytes of samples that wait for one model; more are refused",
+    )
+    max_answer_bytes: int = Field(
+        default=64 << 20,
+        gt=0,
+        description="largest answer of tensors, before compression; a request for more is refused",
     )
     max_body_bytes: int = Field(default=16 << 20, gt=0, description="largest request body accepted")
     max_image_pixels: int = Field(

@@ -8,7 +8,7 @@ protocol extensions of binary tensor data, classification and schedule policy.
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -78,6 +78,9 @@ class InferenceResponse(Struct, omit_defaults=True):
     id: str | None = None
 
 
+Make = Callable[
+    [RequestedOutput, NDArray[Any], Sequence[str]], tuple[OutputTensor, NDArray[Any] | list[str]]
+]
 _request_decoder = msgspec.json.Decoder(InferenceRequest)
 _response_encoder = msgspec.json.Encoder()
 _number_decoders: dict[tuple[str, int], msgspec.json.Decoder[Any]] = {}
@@ -172,7 +175,8 @@ def all_finite(x: Array) -> bool:
     flat = x.ravel()
     # Any of them would be felt in this sum, which costs a tenth of looking at each; so would a
     # number whose square overflows.
-    return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())
 
 
 def _binary_chunks(tensors: Sequence[InputTensor], binary: memoryview) -> list[memoryview | None]:
@@ -263,25 +267,29 @@ def _number_decoder(datatype: str, depth: int) -> msgspec.json.Decoder[Any]:
 def write_response(
     request: InferenceRequest,
     model: tuple[str, str],
-    probabilities: Array,
+    values: NDArray[Any],
     classes: Sequence[str],
+    make: Make | None = None,
+    default: Sequence[str] = (PROBABILITIES, LABEL),
 ) -> tuple[bytes, int | None]:
     """Return the body of an answer, and how long its JSON is if binary data follows it.
 
     Args:
         request: what was asked.
         model: its name and version.
-        probabilities: shape (rows, classes).
+        values: what the model answered, samples first: of a classification, probabilities of shape
+            (rows, classes).
         classes: names.
+        make: makes an output of them; None: `class_output`.
+        default: the outputs of a request that names none.
 
     Raises:
         InvalidRequestError: there is no output of a name that was asked for, or it was asked for
             twice, or in an unknown way.
     """
-    binary_by_default = _flag(request.parameters, "binary_data_output", "the request")
     wanted = request.outputs
     if not wanted:
-        wanted = [RequestedOutput(PROBABILITIES), RequestedOutput(LABEL)]
+        wanted = [RequestedOutput(name) for name in default]
     outputs: list[OutputTensor] = []
     chunks: list[bytes] = []
     for output in wanted:
@@ -289,22 +297,41 @@ def write_response(
             raise InvalidRequestError(f"output {output.name!r} is asked for twice")
         if output.parameters and _SHARED_MEMORY in output.parameters:
             raise InvalidRequestError("shared memory is not supported; take the data in the answer")
-        tensor, values = _output(output, probabilities, classes)
-        if _flag(output.parameters, "binary_data", f"output {output.name!r}", binary_by_default):
-            chunk = _bytes(values) if isinstance(values, list) else values.tobytes()
+        tensor, data = (make or class_output)(output, values, classes)
+        if is_binary(request, output):
+            chunk = _bytes(data) if isinstance(data, list) else data.tobytes()
             tensor.parameters = {"binary_data_size": len(chunk)}
             chunks.append(chunk)
         else:
-            tensor.data = values if isinstance(values, list) else values.ravel().tolist()
+            tensor.data = data if isinstance(data, list) else data.ravel().tolist()
         outputs.append(tensor)
     head = _response_encoder.encode(InferenceResponse(*model, outputs, request.id))
     return (b"".join((head, *chunks)), len(head)) if chunks else (head, None)
 
 
-def _output(
+def is_binary(request: InferenceRequest, output: RequestedOutput) -> bool:
+    """Return whether a request wants an output in binary.
+
+    Raises:
+        InvalidRequestError: what it says of that is neither true nor false.
+    """
+    by_default = _flag(request.parameters, "binary_data_output", "the request")
+    return _flag(output.parameters, "binary_data", f"output {output.name!r}", by_default)
+
+
+def class_output(
     output: RequestedOutput, probabilities: Array, classes: Sequence[str]
 ) -> tuple[OutputTensor, Array | list[str]]:
-    """Return an output without its data, and the data."""
+    """Return an output of a classification without its data, and the data.
+
+    Args:
+        output: what was asked for.
+        probabilities: shape (rows, classes).
+        classes: names.
+
+    Raises:
+        InvalidRequestError: there is no such output, or its parameter classification is no number.
+    """
     rows = len(probabilities)
     parameters = output.parameters or {}
     if output.name == PROBABILITIES and (most := parameters.get("classification")):
@@ -325,9 +352,12 @@ def _output(
     if output.name == LABEL:
         labels = [classes[int(index)] for index in probabilities.argmax(1)]
         return OutputTensor(LABEL, [rows], "BYTES"), labels
-    raise InvalidRequestError(
-        f"unknown output {output.name!r}; choose of {PROBABILITIES} and {LABEL}"
-    )
+    raise unknown_output(output.name, (PROBABILITIES, LABEL))
+
+
+def unknown_output(name: str, known: Sequence[str]) -> InvalidRequestError:
+    """Return what a client is told that asks for an output of another name."""
+    return InvalidRequestError(f"unknown output {name!r}; choose of {' and '.join(known)}")
 
 
 def _bytes(words: list[str]) -> bytes:

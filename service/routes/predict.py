@@ -13,11 +13,12 @@ from service.inference import DataPlane
 from service.routes.answers import JsonResponse, PlainRoute, path_parameters
 from service.routes.body import has_left, read_body
 from service.routes.inference import REFUSALS
-from service.schemas import Predictions
+from service.schemas import Predictions, Segmentations, TensorPredictions
 
 router = APIRouter(tags=["predict"], route_class=PlainRoute)
 _FIELD = "files"
 _PATH = "/predict/{name}"
+_PICTURE = "image/png"
 _FILE = {"type": "string", "format": "binary"}
 
 
@@ -26,34 +27,53 @@ def _description(*path: str) -> dict[str, Any]:
         "properties": {_FIELD: {"type": "array", "items": _FILE, "minItems": 1}}
     }
     images = {f"image/{kind}": {"schema": _FILE} for kind in ("png", "jpeg", "webp")}
+    mask = "png: a segmentation's answer holds its mask as a PNG file in Base64"
     return {
-        "parameters": path_parameters(*path),
+        "parameters": [
+            *path_parameters(*path),
+            {"name": "mask", "in": "query", "required": False, "description": mask}
+            | {"schema": {"type": "string", "enum": ["png"]}},
+        ],
         "requestBody": {
             "required": True,
             "content": {"multipart/form-data": {"schema": form}, **images},
+        },
+        "responses": {
+            "200": {
+                "description": "what the model makes of each image; with Accept: image/png, the "
+                "mask of a segmentation as a picture",
+                "content": {"image/png": {"schema": _FILE}},
+            }
         },
     }
 
 
 @router.post(
     _PATH + "/versions/{version}",
-    response_model=Predictions,
+    response_model=Predictions | Segmentations | TensorPredictions,
     responses=REFUSALS,
     openapi_extra=_description("name", "version"),
 )
 @router.post(
-    _PATH, response_model=Predictions, responses=REFUSALS, openapi_extra=_description("name")
+    _PATH,
+    response_model=Predictions | Segmentations | TensorPredictions,
+    responses=REFUSALS,
+    openapi_extra=_description("name"),
 )
 async def predict(request: Request) -> Response:
-    """Return the class of each image in the form field `files`, or of the one that is the body.
+    """Return what a model makes of each image in the form field `files`, or of the body's one.
 
     PNG, JPEG and WebP are read, made as large as the model's input, and preprocessed as it was
-    trained.
+    trained. A classification answers classes, a segmentation the share of pixels of each class;
+    of one image, it answers Accept: image/png with the mask as a picture.
     """
     settings = request.app.state.settings
     data_plane: DataPlane = request.app.state.data_plane
     name, version = request.path_params["name"], request.path_params.get("version")
-    data_plane.registry.get(name, version)  # an unknown model costs no body
+    model = data_plane.registry.get(name, version)  # an unknown model costs no body
+    mask = request.query_params.get("mask")
+    if mask not in (None, "png"):
+        raise InvalidRequestError(f"the parameter mask must be png, got {mask[:40]!r}")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         files = await _form_files(request, settings.max_request_rows, settings.timeout_s)
@@ -67,8 +87,27 @@ async def predict(request: Request) -> Response:
             f"with its type, say image/png; got Content-Type {content_type[:80]!r}"
         )
     receive = request.receive
-    answer = await data_plane.classify(name, version, files, lambda: has_left(receive))
+    if model.manifest.task == "segmentation" and _wants_picture(request):
+        if len(files) != 1:
+            raise InvalidRequestError(
+                f"{len(files)} image files, but a picture answers one; send one at a time, or "
+                "accept application/json"
+            )
+        picture = await data_plane.paint(name, version, files[0], lambda: has_left(receive))
+        return Response(picture, media_type=_PICTURE, headers={"Vary": "Accept"})
+    answer = await data_plane.recognize(
+        name, version, files, lambda: has_left(receive), with_mask=mask is not None
+    )
     return JsonResponse(answer.model_dump())
+
+
+def _wants_picture(request: Request) -> bool:
+    """Return whether a request names PNG among what it accepts, and JSON not."""
+    accepted = [
+        kind.partition(";")[0].strip().lower()
+        for kind in request.headers.get("accept", "").split(",")
+    ]
+    return _PICTURE in accepted and "application/json" not in accepted
 
 
 async def _form_files(

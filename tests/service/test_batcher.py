@@ -335,3 +335,29 @@ def test_forward_times_are_interpolated_and_follow_what_is_seen() -> None:
         times.saw(4, 6.0)
     assert times.of(5) == pytest.approx(6.0, rel=0.01)
     assert times.of(1) == 1.0
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_requests_for_other_answers_share_no_batch(inline: bool) -> None:
+    def negated(samples: Array) -> Array:
+        if (samples == -1).any():
+            raise ValueError("not this one")
+        return -samples
+
+    async def work(batcher: Batcher, model: Model, records: Records) -> None:
+        deadline_s = _now() + LONG_S
+        computes = [None, None, negated, negated, None]
+        values = [1.0, 2.0, 3.0, -1.0, 5.0]
+        answers = await asyncio.gather(
+            *(
+                batcher.predict(_rows(value), deadline_s, None, compute)
+                for value, compute in zip(values, computes, strict=True)
+            ),
+            return_exceptions=True,
+        )
+        assert isinstance(answers.pop(3), ModelFailedError)
+        assert [float(answer.item()) for answer in answers] == [2.0, 4.0, -3.0, 10.0]  # pyright: ignore[reportAttributeAccessIssue] -- no exceptions
+        assert sum(rows for _, rows in records.batches) == 5
+        assert max(rows for _, rows in records.batches) <= 2
+
+    _run(work, inline=inline)

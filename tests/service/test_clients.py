@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from syncbn.bundle import read_bundle
 from tests.service.conftest import CLASSES
 from tests.support.serving import Service, served
+from tests.support.task_bundles import write_segmenter
 
 # The clients' own dependencies are not ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -223,3 +224,38 @@ def test_kserve_infers(
             await client.close()
 
     asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Generator[Service]:
+    directory = tmp_path_factory.mktemp("tasks")
+    write_segmenter(directory / "models" / "segments")
+    with served(directory / "models", directory / "log", "--allow-imports") as service:
+        yield service
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_reads_masks_and_probabilities_of_a_segmentation(
+    tasks: Service, binary: bool
+) -> None:
+    images = np.random.default_rng(0).random((40, 1, 6, 8)).astype(np.float32)
+    bundle = read_bundle(tasks.models / "segments", allow_imports=True)
+    expected = bundle.probabilities(torch.from_numpy(images)).numpy()
+    inputs = [_input(triton, images, binary=binary)]
+    wanted = [
+        triton.InferRequestedOutput(name, binary_data=binary) for name in ("mask", "probabilities")
+    ]
+    with triton.InferenceServerClient(tasks.url.removeprefix("http://")) as client:
+        usual = client.infer("segments", inputs)
+        both = client.infer("segments", inputs, outputs=wanted)
+    assert usual is not None
+    assert both is not None
+    assert usual.as_numpy("probabilities") is None
+    for result in (usual, both):
+        mask = result.as_numpy("mask")
+        assert mask is not None
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, expected.argmax(1))
+    probabilities = both.as_numpy("probabilities")
+    assert probabilities is not None
+    np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5)
