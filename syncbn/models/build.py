@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from syncbn.errors import ModelError
-from syncbn.models import torchvision
+from syncbn.models import timm, torchvision
 from syncbn.models.arguments import COMMON, check_arguments
 from syncbn.models.normalization import (
     ChannelAffine,
@@ -31,7 +31,7 @@ _SMALL = 256  # values
 
 
 def model_names() -> tuple[str, ...]:
-    """Return every name that needs no import path; torchvision's only where it is installed."""
+    """Return every name of ours, and torchvision's if it is installed; timm has its own list."""
     try:
         return (*ARCHITECTURES, *torchvision.names())
     except ImportError:
@@ -53,7 +53,9 @@ def build_model(
     Args:
         name: a key of `ARCHITECTURES`; `torchvision.` and the name of an image classifier of
             `torchvision.models` or a model of `torchvision.models.segmentation`, made without
-            pretrained weights and for any number of channels, the latter a `Segmenter`;
+            pretrained weights and for any number of channels, the latter a `Segmenter`; `timm.`
+            and the name of one of timm's classifiers; `unet.timm.` and such a name, a U-Net whose
+            encoder is the first `depth` levels of that model;
             or `package.module:factory`, a function that is called with in_channels, num_classes
             and the other arguments as keywords, and returns a module.
         arguments: the arguments above, and those of the architecture: booleans, numbers, strings
@@ -73,6 +75,10 @@ def build_model(
         if name not in (known := torchvision.known(name)):
             raise _unknown(name, known)
         factory, takes = torchvision.factory(name, arguments)
+    elif name.startswith((timm.PREFIX, timm.UNET_PREFIX)):
+        if name not in (known := timm.known(name)):
+            raise _unknown(name, known)
+        factory, takes = timm.factory(name, arguments)
     elif name in ARCHITECTURES:
         factory = ARCHITECTURES[name]
         parameters = inspect.signature(factory).parameters
@@ -154,7 +160,8 @@ def _unknown(name: str, known: tuple[str, ...]) -> ModelError:
     close = " or ".join(map(repr, difflib.get_close_matches(name, known)))
     return ModelError(
         f"unknown architecture {name!r}; choose one of {', '.join(ARCHITECTURES)}, "
-        "torchvision.NAME or package.module:factory" + (f"; did you mean {close}?" if close else "")
+        "torchvision.NAME, timm.NAME, unet.timm.NAME or package.module:factory"
+        + (f"; did you mean {close}?" if close else "")
     )
 
 

@@ -1,14 +1,17 @@
-"""What torch and torchvision offer by name, read from their sources instead of importing them.
+"""What torch, torchvision and timm offer by name, read from their sources.
 
-Importing takes seconds, and a misspelt name should be answered at once.
+Importing them takes seconds, and a misspelt name should be answered at once.
 """
 
 import ast
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 # They need a closure, or gradients that are sparse.
 _OTHER_LOOPS = {"LBFGS", "SparseAdam"}
+# Parsing the thousands of lines of timm's models would take seconds.
+_TIMMS = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
 
 
 def torchvision_names() -> tuple[str, ...]:
@@ -20,6 +23,15 @@ def torchvision_names() -> tuple[str, ...]:
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and _is_registered(node)
     }
+    return tuple(sorted(names))
+
+
+def timm_names() -> tuple[str, ...]:
+    """Return the names of timm's models; none if it is not installed."""
+    if find_spec("timm") is None:
+        return ()
+    files = (_directory("timm") / "models").glob("*.py")
+    names = {name for file in files for name in _TIMMS.findall(file.read_text(encoding="utf-8"))}
     return tuple(sorted(names))
 
 

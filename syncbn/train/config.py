@@ -17,13 +17,15 @@ from yaml import YAMLError
 
 import syncbn
 from syncbn.errors import ConfigError
-from syncbn.train.catalog import optimizer_names, torchvision_names
+from syncbn.train.catalog import optimizer_names, timm_names, torchvision_names
 from syncbn.train.schema import (
     CHOICES,
     SECTIONS,
+    TimmConfig,
     TorchOptimConfig,
     TorchvisionConfig,
     TrainConfig,
+    UnetConfig,
     WhiteningNormConfig,
     schemas,
 )
@@ -94,9 +96,13 @@ def to_config(composed: DictConfig) -> TrainConfig:
 
 
 def _check_names(config: TrainConfig) -> None:
-    """Raise where torch or torchvision has nothing of a configured name."""
+    """Raise if torch, torchvision or timm has nothing of a configured name."""
     if isinstance(config.model, TorchvisionConfig):
         _check_name("model.architecture", config.model.architecture, torchvision_names())
+    if isinstance(config.model, TimmConfig):
+        _check_timm("model.architecture", config.model.architecture)
+    if isinstance(config.model, UnetConfig) and config.model.encoder is not None:
+        _check_timm("model.encoder", config.model.encoder.removeprefix("timm."))
     if isinstance(config.optim, TorchOptimConfig):
         _check_name("optim.optimizer", config.optim.optimizer, optimizer_names())
 
@@ -106,6 +112,17 @@ def _check_name(key: str, name: str, valid: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, valid, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ConfigError(f"{key}={name}: {hint}choose one of {', '.join(valid)}")
+
+
+def _check_timm(key: str, name: str) -> None:
+    valid = timm_names()
+    if not valid:
+        raise ConfigError(f"{key}={name} needs timm: pip install 'syncbn[timm]'")
+    if name not in valid:
+        close = difflib.get_close_matches(name, valid, n=3) or valid[:3]
+        raise ConfigError(
+            f"{key}={name}: timm has no such model; did you mean {' or '.join(close)}?"
+        )
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -33,8 +33,10 @@ from syncbn.train.schema import (
     Precision,
     RenormalizeNormConfig,
     SyncNormConfig,
+    TimmConfig,
     TorchvisionConfig,
     TrainConfig,
+    UnetConfig,
     WhiteningNormConfig,
 )
 from syncbn.train.tasks import Task
@@ -201,9 +203,12 @@ def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
     """Return the name and the arguments with which `build_model` makes the configured model."""
     arguments: dict[str, Any]
     match config.model:
-        case TorchvisionConfig():
-            name = f"torchvision.{config.model.architecture}"
+        case TorchvisionConfig() | TimmConfig():
+            name = f"{config.model.name}.{config.model.architecture}"
             arguments = dict(config.model.arguments)
+        case UnetConfig():
+            name = "unet" if config.model.encoder is None else f"unet.{config.model.encoder}"
+            arguments = {"width": config.model.width, "depth": config.model.depth}
         case CustomModelConfig():
             name, arguments = config.model.factory, dict(config.model.arguments)
         case _:

@@ -38,6 +38,7 @@ from syncbn.train.schema.model import (
     CustomModelConfig,
     MlpConfig,
     ModelConfig,
+    TimmConfig,
     TorchvisionConfig,
     UnetConfig,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "SyncNormConfig",
     "SyntheticConfig",
     "TaskConfig",
+    "TimmConfig",
     "TorchOptimConfig",
     "TorchvisionConfig",
     "TrackConfig",
@@ -169,7 +171,7 @@ CHOICES: Mapping[str, tuple[type[Any], ...]] = {
         SyntheticConfig,
         CustomDataConfig,
     ),
-    "model": (CnnConfig, MlpConfig, UnetConfig, TorchvisionConfig, CustomModelConfig),
+    "model": (CnnConfig, MlpConfig, UnetConfig, TorchvisionConfig, TimmConfig, CustomModelConfig),
     "norm": (
         SyncNormConfig,
         LocalNormConfig,

@@ -1,8 +1,8 @@
 """What may be configured of models: conf/model."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from syncbn.train.schema.types import Factory
@@ -40,6 +40,7 @@ class UnetConfig(ModelConfig):
     name: str = "unet"
     width: PositiveInt
     depth: PositiveInt
+    encoder: Annotated[str, Field(pattern=r"^timm\.\w+$")] | None
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,15 @@ class TorchvisionConfig(ModelConfig):
     """conf/model/torchvision.yaml."""
 
     name: str = "torchvision"
+    architecture: str
+    arguments: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class TimmConfig(ModelConfig):
+    """conf/model/timm.yaml."""
+
+    name: str = "timm"
     architecture: str
     arguments: dict[str, Any]
 

@@ -119,8 +119,8 @@ DOWNLOAD = "here: pretrained weights are never downloaded"
         (
             "vgg",
             SIZES,
-            "unknown architecture 'vgg'; choose one of cnn, mlp, unet, torchvision.NAME or "
-            "package.module:factory$",
+            "unknown architecture 'vgg'; choose one of cnn, mlp, unet, torchvision.NAME, "
+            "timm.NAME, unet.timm.NAME or package.module:factory$",
         ),
         ("cnm", SIZES, "package.module:factory; did you mean 'cnn'?"),
         ("torchvision.resnt18", SIZES, "did you mean 'torchvision.resnet18' or "),

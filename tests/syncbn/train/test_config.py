@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from syncbn.errors import ConfigError
-from syncbn.train.catalog import optimizer_names, torchvision_names
+from syncbn.train.catalog import optimizer_names, timm_names, torchvision_names
 from syncbn.train.config import compose_config, config_dir, config_sha256, from_yaml, to_yaml
 from syncbn.train.schema import (
     AdamWConfig,
@@ -79,6 +79,15 @@ def test_every_file_in_conf_has_a_schema() -> None:
             r"^model.architecture=resnet19: did you mean resnet18 .*choose one of alexnet, .*vit_",
         ),
         (
+            ["model=timm", "model.architecture=resnet19"],
+            r"^model.architecture=resnet19: timm has no such model; did you mean resnet18 or ",
+        ),
+        (
+            ["model=unet", "model.encoder=timm.resnet19"],
+            r"^model.encoder=resnet19: timm has no such model; did you mean resnet18 or ",
+        ),
+        (["model=unet", "model.encoder=resnet18"], r"^model.encoder=resnet18: string should match"),
+        (
             ["optim=torch", "optim.optimizer=Adm"],
             r"^optim.optimizer=Adm: did you mean Adam .*choose one of ASGD, .*RMSprop",
         ),
@@ -101,15 +110,29 @@ def test_wrong_choice_is_refused_with_what_is_valid(overrides: list[str], messag
         compose_config(overrides)
 
 
-def test_names_come_from_the_installed_torch_and_torchvision() -> None:
+def test_names_come_from_the_installed_torch_torchvision_and_timm() -> None:
     import torchvision
 
     modules = torchvision.models, torchvision.models.segmentation
     known = [name for module in modules for name in torchvision.models.list_models(module=module)]
     assert list(torchvision_names()) == sorted(known)
+    import timm
+
+    assert sorted(timm_names()) == sorted(timm.list_models())
     for name in optimizer_names():
         assert issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
     assert {"SGD", "AdamW", "RMSprop"} < set(optimizer_names())
+
+
+@pytest.mark.parametrize(
+    "overrides", [["model=timm"], ["model=unet", "model.encoder=timm.resnet18"]]
+)
+def test_missing_timm_says_how_to_get_it(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("syncbn.train.catalog.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"=resnet18 needs timm: pip install 'syncbn\[timm\]'$"):
+        compose_config(overrides)
 
 
 def test_wrong_configuration_is_known_before_torch_is_imported() -> None:
