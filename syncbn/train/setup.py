@@ -23,6 +23,7 @@ from syncbn.train.average import WeightAverage
 from syncbn.train.data import Dataset
 from syncbn.train.description import describe
 from syncbn.train.generators import seed_generators
+from syncbn.train.model_checks import check_normalization
 from syncbn.train.optim import make_optimizer
 from syncbn.train.run.checkpoint import Checkpoint, Position
 from syncbn.train.schedule import Schedule, make_schedule
@@ -145,6 +146,7 @@ def prepare(
         raise ConfigError(f"model: {error}") from error
     except BundleError as error:
         raise ConfigError(f"the model could not be exported once it is trained: {error}") from error
+    check_normalization(model, architecture.name, config)
     if isinstance(config.norm, SyncNormConfig):
         model = convert_sync_batchnorm(model)
     if config.numerics.compile and isinstance(
@@ -216,14 +218,16 @@ def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
             name = arguments.pop("name")
     arguments |= task.model_arguments()
     if isinstance(config.norm, LocalNormConfig):  # synchronized too; serving needs no more
-        arguments |= {"norm": "batch", "eps": config.norm.eps, "momentum": config.norm.momentum}
+        options: dict[str, Any] = {"norm": "batch"}
+        options |= {"eps": config.norm.eps, "momentum": config.norm.momentum}
     elif isinstance(config.norm, WhiteningNormConfig):
-        options = dataclasses.asdict(config.norm) | {"method": config.norm.method.value}
-        arguments |= {key: options.pop(key) for key in ("eps", "momentum")}
-        arguments |= {"norm": options.pop("name")}
-        arguments |= {f"whitening_{k}": value for k, value in options.items() if value is not None}
+        given = dataclasses.asdict(config.norm) | {"method": config.norm.method.value}
+        options = {"norm": given.pop("name")}
+        options |= {key: given.pop(key) for key in ("eps", "momentum")}
+        options |= {f"whitening_{key}": value for key, value in given.items()}
     else:  # a penalty, or renormalizing, leaves nothing for serving to do
-        arguments |= {"norm": "none"}
+        options = {"norm": "none"}
+    arguments |= {key: value for key, value in options.items() if value is not None}
     return Architecture(name=name, arguments=arguments)
 
 

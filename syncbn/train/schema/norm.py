@@ -35,8 +35,8 @@ class LocalNormConfig(NormConfig):
     """conf/norm/local.yaml."""
 
     name: str = "local"
-    eps: PositiveFloat
-    momentum: Share
+    eps: PositiveFloat | None
+    momentum: Share | None
 
 
 @dataclass(kw_only=True)
@@ -51,8 +51,8 @@ class WhiteningNormConfig(NormConfig):
     """conf/norm/whitening.yaml."""
 
     name: str = "whitening"
-    eps: PositiveFloat
-    momentum: Share
+    eps: PositiveFloat | None
+    momentum: Share | None
     group_size: PositiveInt
     method: WhiteningMethod
     iterations: PositiveInt

@@ -314,7 +314,7 @@ def _train_custom(overrides: list[str]) -> str:
             "has not; choose data.shares=mixed",
         ),
         (
-            ["model=torchvision", "model.architecture=alexnet", "~model.width"],
+            ["model=torchvision", "model.architecture=alexnet", "~model.width", "norm=none"],
             "model: cannot learn from images of shape (1, 8, 8): ",
         ),
     ],
