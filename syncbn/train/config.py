@@ -186,6 +186,9 @@ def explain(error: Exception) -> ConfigError:
     unknown = isinstance(cause, ConfigKeyError | ConfigAttributeError)
     if unknown and isinstance(parent, DictConfig):
         keys = [str(key) for key in parent if key != "hydra"]
+        if not keys:
+            whole = parent._get_full_key(None)  # pyright: ignore[reportPrivateUsage] -- the only way to learn it
+            return ConfigError(f"unknown key {cause.full_key!r}; to add to {whole}, say +{whole}=…")
         close = difflib.get_close_matches(str(cause.key), keys, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         return ConfigError(f"unknown key {cause.full_key!r}; {hint}valid: {', '.join(keys)}")

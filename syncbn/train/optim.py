@@ -1,7 +1,8 @@
 """Optimizers, as configured, and a step of theirs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +18,28 @@ from syncbn.train.schema import (
 )
 
 
-def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimizer:
-    """Return the configured optimizer over parameters.
+def make_optimizer(
+    parameters: Iterable[Tensor] | Sequence[dict[str, Any]], config: OptimConfig
+) -> Optimizer:
+    """Return the configured optimizer over parameters, or over groups with their own settings.
 
     SGD and AdamW update all parameters in one pass over memory, where torch's default on the CPU is
     several passes over each: the same operations, and so the same weights but for AdamW's rounding.
 
+    Args:
+        parameters: what learns, or groups of it as torch's optimizers take them.
+        config: the optimizer.
+
     Raises:
         ConfigError: torch's optimizer does not take the configured arguments.
     """
-    parameters = list(parameters)
-    fused = all(parameter.is_floating_point() for parameter in parameters)  # torch's condition
+    groups: list[Any] = list(parameters)
+    each = [group["params"] if isinstance(group, dict) else [group] for group in groups]
+    fused = all(weight.is_floating_point() for weights in each for weight in weights)  # torch's
     match config:
         case SgdConfig():
             return SGD(
-                parameters,
+                groups,
                 lr=config.lr,
                 momentum=config.momentum,
                 weight_decay=config.weight_decay,
@@ -39,11 +47,11 @@ def make_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> Optimiz
                 fused=fused,
             )
         case AdamWConfig():
-            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+            return AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         case TorchOptimConfig():
             try:
                 return getattr(torch.optim, config.optimizer)(
-                    parameters, lr=config.lr, **config.arguments
+                    groups, lr=config.lr, **config.arguments
                 )
             except (TypeError, ValueError) as error:
                 raise ConfigError(

@@ -25,6 +25,7 @@ from syncbn.train.description import describe
 from syncbn.train.generators import seed_generators
 from syncbn.train.model_checks import check_normalization
 from syncbn.train.optim import make_optimizer
+from syncbn.train.parameters import freeze, parameter_groups
 from syncbn.train.run.checkpoint import Checkpoint, Position
 from syncbn.train.schedule import Schedule, make_schedule
 from syncbn.train.schema import (
@@ -156,6 +157,7 @@ def prepare(
             f"norm={config.norm.name} looks at activations while the model runs, which "
             "numerics.compile=true hides; choose numerics.compile=false"
         )
+    freeze(model, config.optim.freeze)
     model.to(device)
     if config.numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it, its stub lacks it
@@ -169,7 +171,7 @@ def prepare(
         replica = DistributedDataParallel(model, broadcast_buffers=bool(buffers_of_ranks(model)))
     # Of layers with one channel, whose strides are the same in either format.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    optimizer = make_optimizer(replica.parameters(), config.optim)
+    optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
     plan = config.epochs, config.max_steps
     schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch, plan)
     scaler = torch.amp.GradScaler(
@@ -250,6 +252,11 @@ def _units(model: nn.Module, architecture: Architecture, *, allow_imports: bool)
         if layer.bias is not None or not isinstance(affine.bias, nn.Parameter):
             raise ConfigError(
                 f"norm=renormalize needs {before[name]!r} without a bias and {name!r} with one"
+            )
+        if not (layer.weight.requires_grad and affine.bias.requires_grad):
+            raise ConfigError(
+                f"norm=renormalize rescales {before[name]!r}, which optim.freeze keeps from "
+                "changing; choose other patterns or another norm"
             )
         units[name] = Unit(layer.weight, affine.bias, affine)
     return units

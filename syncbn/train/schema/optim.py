@@ -1,5 +1,6 @@
 """What may be configured of optimizers and schedules: conf/optim and conf/schedule."""
 
+from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -10,7 +11,10 @@ from syncbn.train.schema.types import BelowOne, Share
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """An optimizer: see conf/optim."""
+    """An optimizer: see conf/optim.
+
+    The defaults are what a configuration meant before it had these keys.
+    """
 
     name: str
     lr: PositiveFloat
@@ -18,6 +22,9 @@ class OptimConfig:
     clip_norm: PositiveFloat | None
     label_smoothing: BelowOne
     ema_decay: BelowOne | None
+    freeze: list[str] = field(default_factory=list[str])
+    lr_scale: dict[str, PositiveFloat] = field(default_factory=dict[str, float])
+    decay_all: bool = True
 
 
 @dataclass(kw_only=True)
