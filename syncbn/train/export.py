@@ -19,6 +19,7 @@ from syncbn.train.data.sampling import Samples
 from syncbn.train.description import describe
 from syncbn.train.evaluation import Evaluation
 from syncbn.train.interval import intervals
+from syncbn.train.parameters import is_frozen
 from syncbn.train.run.checkpoint import BEST, read_checkpoint
 from syncbn.train.run.directory import RunDirectory
 from syncbn.train.run.plots import plot_curves
@@ -98,7 +99,9 @@ def export(
 
         if told():
             return None
-        layers = recalibrate(model, batches, forward=forward)
+        layers = recalibrate(
+            model, batches, forward=forward, only=lambda _, layer: not is_frozen(layer)
+        )
         if told():
             return None
         log.info("recalibrated the statistics of %d layers", len(layers))

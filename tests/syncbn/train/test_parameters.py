@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError
 from syncbn.train.config import compose_config
 from syncbn.train.optim import make_optimizer
@@ -169,3 +170,14 @@ def test_run_with_frozen_parts_and_groups_ends_bit_identical_after_a_stop(tmp_pa
     for name, value in end.states["model"].items():
         is_frozen = name.startswith(("0.", "1."))
         assert torch.equal(value, start.states["model"][name]) == is_frozen, name
+
+
+def test_recalibrating_leaves_frozen_statistics_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = ["epochs=1", "recalibrate=true", "optim.freeze=['0.*','1.*']", "launch.nproc=1"]
+    assert Job(run, *overrides).wait() == 0
+    state = read_bundle(run / "bundle").model.state_dict()
+    assert state["1.num_batches_tracked"] == 0
+    assert torch.equal(state["1.running_var"], torch.ones(4))
+    assert state["4.num_batches_tracked"] > 0
+    assert not torch.equal(state["4.running_var"], torch.ones(8))
