@@ -223,7 +223,7 @@ class _Sum:
         return self.event.query() and (not self._skip_noted or self._skip_event.query())
 
     def was_skipped(self) -> bool:
-        return self._skip_noted and bool(self._skipped[0])
+        return self._skip_noted and self._skipped.tolist() == [1.0]
 
     def start(self, statement: Statement) -> None:
         self._skip_noted = False

@@ -15,11 +15,12 @@ from torch.nn import functional
 from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError, DataError, SyncBNError, TrainingError
 from syncbn.train import export
+from syncbn.train.agreement import together
 from syncbn.train.config import compose_config
 from syncbn.train.data.datasets import Dataset, digits
 from syncbn.train.data.images import TensorImages
 from syncbn.train.data.sampling import Batch, Key
-from syncbn.train.loop import together, train
+from syncbn.train.loop import train
 from syncbn.train.run import directory
 from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
@@ -63,7 +64,7 @@ def _train_in(overrides: list[str], dtype: torch.dtype) -> Result:
 
     if dtype != torch.float32:
         # Bundles hold float32; what is compared here is the checkpoint.
-        loop.export = lambda *args: {}  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
+        loop.export = lambda *args: export.Exported({}, [])  # pyright: ignore[reportAttributeAccessIssue] -- stands in for it
     return _train(overrides, dtype)
 
 
@@ -72,8 +73,8 @@ def _train_few_steps(
 ) -> dict[str, Tensor]:
     run_dir = tmp_path / name
     # Six steps within the warm-up: few enough for rounding not to have grown.
-    more = [f"run_dir={run_dir}", f"name={name}", "max_steps=6", *overrides]
-    run_world(world_size, _train_in, more, dtype)
+    more = [f"run_dir={run_dir}", f"name={name}", "max_steps=6", "data.validation=0"]
+    run_world(world_size, _train_in, [*more, *overrides], dtype)
     return _weights(run_dir)
 
 
@@ -153,15 +154,17 @@ def test_metrics_agree_between_ranks_and_files(tmp_path: Path, norm: str) -> Non
     overrides = [f"run_dir={run_dir}", f"norm={norm}", "epochs=2", "optim=adamw"]
     results = run_world(2, _train, overrides)
     lines = RunDirectory(run_dir).read_metrics()
-    best = max(lines, key=lambda line: line["test_accuracy"])
+    best = max(lines, key=lambda line: line["val_accuracy"])
     bundle = read_bundle(run_dir / "bundle")
     for result in results:
         assert result.status == "finished"
-        for key in ("epoch", "step", "train_loss", "test_loss", "test_accuracy", "lr"):
+        for key in ("epoch", "step", "train_loss", "val_loss", "val_accuracy", "lr"):
             assert result.metrics[key] == best[key] == bundle.manifest.metrics[key]
             assert math.isfinite(result.metrics[key])
-    assert [line["step"] for line in lines] == [45, 90]
-    assert best["test_accuracy"] > 0.5
+    assert [line["step"] for line in lines] == [41, 82]
+    assert [line["best"] for line in lines] == [1, float(best is lines[1])]
+    assert best["val_accuracy"] > 0.5
+    assert not any(key.startswith("test") for line in lines for key in line)
 
 
 def test_evaluation_is_what_the_bundle_gives_on_every_sample_once(tmp_path: Path) -> None:
@@ -180,6 +183,7 @@ def test_evaluation_is_what_the_bundle_gives_on_every_sample_once(tmp_path: Path
 def test_last_batch_with_fewer_samples_than_ranks(tmp_path: Path, norm: str) -> None:
     # 1437 = 2·718 + 1: the last batch is one image, of which rank 1 has none.
     overrides = [f"run_dir={tmp_path / 'run'}", f"norm={norm}", "data.batch_size=359", "epochs=1"]
+    overrides.append("data.validation=0")
     results = run_world(2, _train, overrides)
     assert results[0].metrics["step"] == 3
     for weights in _weights(tmp_path / "run").values():
@@ -215,7 +219,7 @@ def test_gradients_beyond_the_norm_are_scaled_down(tmp_path: Path) -> None:
 )
 def test_option_trains_and_the_bundle_serves(tmp_path: Path, override: str) -> None:
     run_dir = tmp_path / "run"
-    overrides = [f"run_dir={run_dir}", "epochs=1", override]
+    overrides = [f"run_dir={run_dir}", "epochs=1", "data.validation=0", override]
     (result, *_) = run_world(2, _train, overrides)
     assert result.metrics["test_accuracy"] > 0.3
     read_bundle(run_dir / "bundle")
@@ -234,14 +238,14 @@ def test_average_and_recalibrated_statistics_are_what_is_exported(tmp_path: Path
     test = digits().test
     assert isinstance(test, TensorImages)
     right = bundle.probabilities(test.samples).argmax(1) == test.labels
-    assert result.metrics["ema_test_accuracy"] == pytest.approx(right.double().mean().item())
+    assert result.metrics["test_accuracy"] == pytest.approx(right.double().mean().item())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["norm=none", "optim.lr=1e20", "schedule.warmup_steps=0"], "the training loss is"),
-        (["norm=none", "optim.lr=1e20", "schedule.warmup_steps=0", "max_steps=1"], "the test loss"),
+        (["norm=none", "optim.lr=1e20", "schedule.warmup_steps=0", "max_steps=1"], "val_loss is"),
     ],
 )
 def test_diverging_run_says_so_on_every_rank_and_writes_no_bundle(
@@ -281,7 +285,7 @@ def test_state_before_a_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     texts = run_world(2, _train_custom, [*common, f"run_dir={run_dir}"])
     for text in texts:
-        assert text.startswith("the training loss is nan at step 10 (epoch 1, after 288 of 1437")
+        assert text.startswith("the training loss is nan at step 10 (epoch 1, after 288 of 1293")
         assert "ranks [1]); the state before this step is in checkpoints/step-000000009" in text
     (file,) = checkpoint_files(run_dir / "checkpoints")
     kept = read_checkpoint(file)
@@ -315,7 +319,7 @@ def _train_custom(overrides: list[str]) -> str:
         ),
         (
             ["model=torchvision", "model.architecture=alexnet", "~model.width", "norm=none"],
-            "model: cannot learn from images of shape (1, 8, 8): ",
+            "the model could not be exported once it is trained: the model refuses an input of shape",
         ),
     ],
 )

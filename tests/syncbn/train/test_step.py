@@ -27,11 +27,15 @@ CPU = torch.device("cpu")
 SMALL = ["track=none", "optim.lr=0.05", "launch.device=cpu", "log_every_steps=1", "name=run"]
 
 
+def _late(_: Any) -> DeviceTotals:
+    return DeviceTotals(CPU, 60, 3)
+
+
 def _train(overrides: list[str], late: bool, watch: Any = None) -> str:
     """Train, and return how it ended."""
     config = compose_config([*SMALL, *overrides])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
-    totals = mock.patch.object(loop, "HostTotals", side_effect=lambda _: DeviceTotals(CPU, 60))
+    totals = mock.patch.object(loop, "HostTotals", side_effect=_late)
     with mock.patch.object(export, "plot_curves"):
         try:
             if late:
@@ -48,7 +52,7 @@ WAYS = {
     "float16": ["numerics.precision=float16", "schedule=one_cycle"],
     "penalty": ["norm=penalty"],
     "sgd": [],
-    "local": ["norm=local", "data.batch_size=359", "optim.ema_decay=0.5"],
+    "local": ["norm=local", "data.batch_size=359", "optim.ema_decay=0.5", "data.validation=0"],
     "renormalize": ["norm=renormalize"],  # whose host cannot be late
     "rmsprop": ["optim=torch", "optim.lr=0.001"],  # likewise
 }
@@ -147,6 +151,7 @@ def _train_until_told(overrides: list[str], step: int) -> str:
 
 def test_ranks_stop_together_one_step_late_and_go_on_bit_identical(tmp_path: Path) -> None:
     common = ["model.width=4", "epochs=2", "data.batch_size=64", "optim.ema_decay=0.5"]
+    common.append("data.validation=0")
     # 12 steps an epoch: told in the midst of one, and at its last.
     for told, stops in ((4, 6), (11, 12)):
         run_dir = tmp_path / f"told-{told}"
@@ -188,6 +193,10 @@ def _train_and_watch(overrides: list[str]) -> tuple[list[str], int]:
             calls.append(f"diverged {self._started - 1}")
             return super().diverged()
 
+        def note_skip(self, skipped: Tensor) -> None:
+            calls.append(f"note {self._started - 1}")
+            super().note_skip(skipped)
+
         def read(self) -> Report:
             calls.append(f"read {self._known}")
             return super().read()
@@ -199,7 +208,7 @@ def _train_and_watch(overrides: list[str]) -> tuple[list[str], int]:
             return original(self, micro, *args)
 
     with (
-        mock.patch.object(loop, "HostTotals", side_effect=lambda _: Told(CPU, 60)),
+        mock.patch.object(loop, "HostTotals", side_effect=lambda _: Told(CPU, 60, 3)),
         mock.patch.object(Stepper, "make", make),
     ):
         _train(overrides, late=False)
@@ -210,17 +219,17 @@ def test_host_reads_a_step_only_when_the_next_one_has_been_ordered(tmp_path: Pat
     overrides = ["model.width=4", "norm=none", "optim.clip_norm=1", "max_steps=3", "epochs=1"]
     calls, reads = run_world(1, _train_and_watch, [*overrides, f"run_dir={tmp_path / 'run'}"])[0]
     assert calls == [
-        *("start 0", "diverged 0"),
-        *("start 1", "read 0", "diverged 1"),
-        *("start 2", "read 1", "diverged 2"),
+        *("start 0", "diverged 0", "note 0"),
+        *("start 1", "read 0", "diverged 1", "note 1"),
+        *("start 2", "read 1", "diverged 2", "note 2"),
         "read 2",
     ]
     assert reads == 0
 
 
 def _wait_a_little() -> tuple[int, Report]:
-    totals = DeviceTotals(CPU, 60)
-    totals.start(Statement([torch.tensor(2.0)], [torch.tensor(1)], [], 0, False))
+    totals = DeviceTotals(CPU, 60, 1)
+    totals.start(Statement([torch.tensor(2.0)], [torch.tensor([1.0])], [], 0, False))
     with mock.patch.object(torch.cpu.Event, "query", side_effect=[False, False, True]) as query:
         report = totals.read()
     return query.call_count, report
@@ -229,12 +238,12 @@ def _wait_a_little() -> tuple[int, Report]:
 def test_host_takes_the_sum_only_when_the_device_says_that_it_is_there() -> None:
     ((asked, report),) = run_world(1, _wait_a_little)
     assert asked == 3
-    assert report.totals == (2, 1, 0, 0)
+    assert report.totals == (2, 0, 0, (1,))
 
 
 def _wait_in_vain() -> str:
-    totals = DeviceTotals(CPU, 0.05)
-    totals.start(Statement([torch.tensor(1.0)], [torch.tensor(1)], [], 0, False))
+    totals = DeviceTotals(CPU, 0.05, 1)
+    totals.start(Statement([torch.tensor(1.0)], [torch.tensor([1.0])], [], 0, False))
     with (
         mock.patch.object(torch.cpu.Event, "query", return_value=False),
         pytest.raises(ReplicaError) as caught,
@@ -252,11 +261,11 @@ def test_wait_for_a_sum_that_does_not_come_ends() -> None:
 
 
 def _totals_of_two() -> tuple[Report, float]:
-    totals, rank = DeviceTotals(CPU, 60), dist.get_rank()
+    totals, rank = DeviceTotals(CPU, 60, 2), dist.get_rank()
     losses = [torch.tensor(0.5), torch.tensor(1.25 + rank)]
-    totals.start(
-        Statement(losses, [torch.tensor(3 + rank)], [torch.tensor(0.25)], 15 * rank, rank == 0)
-    )
+    observed = torch.tensor([3.0 + rank, 10])
+    totals.start(Statement(losses, [observed], [torch.tensor(0.25)], 15 * rank, rank == 0))
+    totals.note_skip(torch.tensor(1.0 - rank))
     diverged = totals.diverged().item()
     totals.start(Statement([torch.tensor(torch.inf * rank)], [], [], 0, False))
     return totals.read(), diverged + 2 * totals.diverged().item()
@@ -264,6 +273,7 @@ def _totals_of_two() -> tuple[Report, float]:
 
 def test_totals_are_sums_over_ranks_and_the_rest_is_each_ranks_own() -> None:
     for rank, (report, diverged) in enumerate(run_world(2, _totals_of_two)):
-        assert report.totals == (4.5, 7, 15, 1)
+        assert report.totals == (4.5, 15, 1, (7, 20))
+        assert report.skipped == (rank == 0)
         assert (report.own_loss, report.penalty) == (1.75 + rank, 0.25)
         assert diverged == 2
