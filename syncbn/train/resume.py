@@ -12,6 +12,7 @@ from syncbn.train.run.directory import RunDirectory
 from syncbn.train.schema import Shares
 from syncbn.train.setup import Training
 from syncbn.train.state import State
+from syncbn.train.weights import load_weights, share_state
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def resume(
     """
     checkpoint = from_rank_0(together(lambda: None if run is None else _read(run)))
     if checkpoint is None:
+        _begin(training, rank)
         if run is not None:
             run.forget_after(0)
         return State()
@@ -59,6 +61,14 @@ def resume(
     if run is not None:
         run.forget_after(position.step)
     return state
+
+
+def _begin(training: Training, rank: int) -> None:
+    """Load the starting weights on rank 0, if some are configured, and give them to all ranks."""
+    config = training.config.model
+    if config.weights is not None:
+        together(lambda: load_weights(training.model, config) if rank == 0 else None)
+        share_state(training.model)
 
 
 def _read(run: RunDirectory) -> Checkpoint | None:

@@ -218,6 +218,8 @@ def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
         case _:
             arguments = dataclasses.asdict(config.model)
             name = arguments.pop("name")
+            # A bundle has weights of its own, and must not depend on where these came from.
+            del arguments["weights"], arguments["weights_strict"]
     arguments |= task.model_arguments()
     if isinstance(config.norm, LocalNormConfig):  # synchronized too; serving needs no more
         options: dict[str, Any] = {"norm": "batch"}

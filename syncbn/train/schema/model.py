@@ -10,9 +10,14 @@ from syncbn.train.schema.types import Factory
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A model: see conf/model."""
+    """A model: see conf/model.
+
+    The defaults are what a configuration meant before it had these keys.
+    """
 
     name: str
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    weights_strict: bool = True
 
 
 @dataclass(kw_only=True)
