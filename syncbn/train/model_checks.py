@@ -33,6 +33,30 @@ def check_normalization(model: nn.Module, name: str, config: TrainConfig) -> Non
         )
 
 
+def check_used(model: nn.Module, config: TrainConfig) -> None:
+    """Raise if a parameter has no gradient after a backward pass, and all must have one.
+
+    Args:
+        model: after a backward pass, on all that its training output holds.
+        config: the job.
+
+    Raises:
+        ConfigError: a parameter that learns was not used, and launch.find_unused_parameters is off.
+    """
+    unused = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    if unused and not config.launch.find_unused_parameters:
+        raise ConfigError(
+            f"model: {shown(unused)} had no part in the loss, so that the replicas would wait for "
+            "gradients that never come; leave them out of the model, freeze them with "
+            "optim.freeze, or choose launch.find_unused_parameters=true, which looks for them in "
+            "each step"
+        )
+
+
 def shown(names: list[str]) -> str:
     """Return names as a part of a message, the first few of many."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -23,7 +23,7 @@ from syncbn.train.average import WeightAverage
 from syncbn.train.data import Dataset
 from syncbn.train.description import describe
 from syncbn.train.generators import seed_generators
-from syncbn.train.model_checks import check_normalization
+from syncbn.train.model_checks import check_normalization, check_used
 from syncbn.train.optim import make_optimizer
 from syncbn.train.parameters import freeze, parameter_groups
 from syncbn.train.run.checkpoint import Checkpoint, Position
@@ -168,7 +168,11 @@ def prepare(
     with warnings.catch_warnings():
         # The successor of `broadcast_buffers` is not in torch 2.11.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-        replica = DistributedDataParallel(model, broadcast_buffers=bool(buffers_of_ranks(model)))
+        replica = DistributedDataParallel(
+            model,
+            broadcast_buffers=bool(buffers_of_ranks(model)),
+            find_unused_parameters=config.launch.find_unused_parameters,
+        )
     # Of layers with one channel, whose strides are the same in either format.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
@@ -304,6 +308,7 @@ def _settle(training: Training, dataset: Dataset) -> None:
             f"model: cannot learn from images of shape {dataset.input.shape}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    check_used(training.model, training.config)
     training.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, buffer in training.model.named_buffers():

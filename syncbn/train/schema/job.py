@@ -65,6 +65,7 @@ class LaunchConfig:
     max_restarts: NonNegativeInt
     timeout_s: PositiveFloat
     stop_timeout_s: PositiveFloat
+    find_unused_parameters: bool = False
 
 
 @dataclass(kw_only=True)

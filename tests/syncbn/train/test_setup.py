@@ -1,15 +1,18 @@
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from syncbn.bundle import read_bundle
 from syncbn.errors import ConfigError
 from syncbn.models import build_without_memory
 from syncbn.train.config import compose_config
 from syncbn.train.data.datasets import Dataset, digits, load_dataset
 from syncbn.train.setup import Training, describe_architecture, prepare
+from tests.support.jobs import Job
 
 MODULE = "tests.syncbn.train.test_setup"
 
@@ -60,3 +63,42 @@ def test_model_without_batch_normalization_trains_without() -> None:
 
 def linear(in_channels: int, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64 * in_channels, num_classes))
+
+
+class _Partly(nn.Sequential):
+    """A model of which a part, and a parameter, are made and never used."""
+
+    def __init__(self, in_channels: int, num_classes: int, frozen: bool = False) -> None:
+        flat = 64 * in_channels
+        super().__init__(nn.Flatten(), nn.Linear(flat, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, num_classes)
+        self.unused = nn.Linear(3, 2).requires_grad_(not frozen)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.head(self[2](self[1](self[0](input))))
+
+
+PARTLY = ("model=custom", f"model.factory={MODULE}:_Partly")
+
+
+def test_unused_parameters_are_named_with_what_to_do() -> None:
+    with pytest.raises(ConfigError) as caught:
+        _prepare(PARTLY)
+    assert str(caught.value).startswith("model: unused.weight, unused.bias had no part in the loss")
+    assert str(caught.value).endswith(
+        "leave them out of the model, freeze them with optim.freeze, or choose "
+        "launch.find_unused_parameters=true, which looks for them in each step"
+    )
+
+
+@pytest.mark.parametrize(
+    "override", ["launch.find_unused_parameters=true", "optim.freeze=[unused.*]"]
+)
+def test_unused_parameters_stay_as_they_are_where_they_are_expected(
+    tmp_path: Path, override: str
+) -> None:
+    job = Job(tmp_path / "run", *PARTLY, "epochs=1", "optim.accumulate=2", override)
+    assert job.wait() == 0, Path(f"{job.run.path}.out").read_text()
+    state = read_bundle(job.run.bundle_dir, allow_imports=True).model.state_dict()
+    torch.manual_seed(0)
+    assert torch.equal(state["unused.weight"], _Partly(1, 10).unused.weight)
