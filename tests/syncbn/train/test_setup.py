@@ -102,3 +102,10 @@ def test_unused_parameters_stay_as_they_are_where_they_are_expected(
     state = read_bundle(job.run.bundle_dir, allow_imports=True).model.state_dict()
     torch.manual_seed(0)
     assert torch.equal(state["unused.weight"], _Partly(1, 10).unused.weight)
+
+
+def test_whole_numbers_stay_whole_in_a_factorys_arguments() -> None:
+    given = ["+model.arguments.dim=-1", "+model.arguments.p=0.5", "+model.arguments.sizes=[-2,3]"]
+    config = compose_config([*PARTLY, *given])
+    arguments = describe_architecture(config, digits()).arguments
+    assert [repr(arguments[key]) for key in ("dim", "p", "sizes")] == ["-1", "0.5", "[-2, 3]"]
