@@ -92,6 +92,8 @@ def _trace(module: nn.Module, kind: type) -> ForwardGraph:
 
 
 def _check(module: nn.Module) -> None:
+    if hasattr(type(module), "class_before_fuse"):
+        raise KeptError("its model is fused already")
     if "forward" in vars(module):
         raise KeptError("its model has an exchanged forward")
     if isinstance(module, fx.GraphModule) or parametrize.is_parametrized(module):

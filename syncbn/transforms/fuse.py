@@ -215,12 +215,24 @@ class _Graph:
         other = addition.args[1] if addition.args[0] is norm else addition.args[0]
         if not isinstance(other, fx.Node) or other is norm or other.target in _NUMBERS:
             raise KeptError("what is added to it is no other tensor")
+        if (
+            addition.op == "call_method"
+            and other is addition.args[0]
+            and not self._is_tensor(other)
+        ):
+            raise KeptError(f"it is added by a method of {other.name}, which may be no tensor")
         order = list(self.traced.graph.nodes)
         if order.index(other) > order.index(norm):
             raise KeptError(f"what is added to it, {other.name}, is computed after it")
         if _is_onto(other, addition) and not self._is_new(other):
             raise KeptError(f"it is added in place to {other.name}, which may be used elsewhere")
         return other
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        """Return whether a value is certain to be a tensor, or one of the arguments."""
+        if node.op == "call_module":
+            return type(self.module.get_submodule(str(node.target))) in PLAIN
+        return node.op == "placeholder" or node.target is normalized
 
     def _is_new(self, node: fx.Node) -> bool:
         """Return whether a tensor is certain to share its memory with nothing that is used."""

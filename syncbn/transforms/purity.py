@@ -36,6 +36,8 @@ _FORBIDDEN = {
     "IMPORT_NAME": "imports a module",
     "PUSH_EXC_INFO": "has a with or try statement",
 }
+# Methods that change, or read, what no trace shows.
+_UNTRACED = ("__enter__", "__exit__", "__getattribute__")
 _FUNCTIONS = (len, isinstance, min, max, sum, abs, all, any, sorted, pow, round, divmod)
 # Their results would describe the stand-in.
 _REVEALING_CLASSES = (type, str, bytes, bytearray, memoryview, object)
@@ -47,13 +49,13 @@ class Watch(TorchFunctionMode):
     """Remembers the code that runs inside of it, and refuses torch functions without stand-ins.
 
     Attributes:
-        codes: each code object outside torch and the standard library that ran, with what its
-            names stand for.
+        codes: each code object outside torch and the standard library that ran, for each closure
+            of it, with what its names stand for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.codes: dict[CodeType, dict[str, Any]] = {}
+        self.codes: dict[tuple[CodeType, tuple[int, ...]], dict[str, Any]] = {}
         self._before: Any = None
         self._collects = True
         self._called_by_others: dict[str, str] = {}
@@ -89,7 +91,8 @@ class Watch(TorchFunctionMode):
             if _is_library(caller) and caller.get("__name__") != _TRACING:
                 self._called_by_others[code.co_name] = str(caller.get("__name__"))
             free = {name: frame.f_locals.get(name) for name in code.co_freevars}
-            self.codes[code] = {**frame.f_builtins, **frame.f_globals, **free}
+            closure = tuple(map(id, free.values()))
+            self.codes[code, closure] = {**frame.f_builtins, **frame.f_globals, **free}
 
     def check(self) -> frozenset[str]:
         """Return the names of all attributes that the code reads.
@@ -104,8 +107,12 @@ class Watch(TorchFunctionMode):
                 f"{function}() in its model is called by {module}, as a decorator would"
             )
         names: set[str] = set()
-        for code, scope in self.codes.items():
-            names.update(_check_code(code, scope))
+        values: list[Any] = []
+        for (code, _), scope in self.codes.items():
+            names.update(_check_code(code, scope, values))
+        for kind in values:
+            if isinstance(kind, type) and not _is_library({"__name__": kind.__module__}):
+                _check_class(kind, names)
         return frozenset(names)
 
 
@@ -126,8 +133,19 @@ def _is_library(scope: dict[str, Any]) -> bool:
     return package == "torch" or package in sys.stdlib_module_names or ours or named_tuple
 
 
-def _check_code(code: CodeType, scope: dict[str, Any]) -> set[str]:
-    """Return the attributes that a code object reads, or raise what else it does."""
+def _check_class(kind: type, names: set[str]) -> None:
+    """Raise if a class has data under one of the names, which some code may read off it."""
+    for each in kind.__mro__:
+        for name in names & vars(each).keys() if each.__module__ != "builtins" else ():
+            if not hasattr(type(vars(each)[name]), "__get__"):
+                raise KeptError(f"its model's forward may read {kind.__name__}.{name}")
+
+
+def _check_code(code: CodeType, scope: dict[str, Any], values: list[Any]) -> set[str]:
+    """Return the attributes that a code object reads, or raise what else it does.
+
+    What its names stand for is added to the values.
+    """
     names: set[str] = set()
     steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
     for number, step in enumerate(steps):
@@ -138,13 +156,13 @@ def _check_code(code: CodeType, scope: dict[str, Any]) -> set[str]:
         if step.opname == "STORE_DEREF" and step.argval in code.co_freevars:
             raise KeptError(f"{code.co_name}() in its model sets {step.argval!r} outside of it")
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            if step.argval in ("__enter__", "__exit__"):
+            if step.argval in _UNTRACED:
                 raise KeptError(f"{code.co_name}() in its model calls {step.argval}")
             names.add(step.argval)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") or (
             step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and step.argval in code.co_freevars
         ):
-            _check_name(code, scope, steps[number:])
+            values.append(_check_name(code, scope, steps[number:]))
     return names
 
 
@@ -152,8 +170,8 @@ def _is_none(step: dis.Instruction) -> bool:
     return step.opname.startswith("LOAD_CONST") and step.argval is None
 
 
-def _check_name(code: CodeType, scope: dict[str, Any], steps: list[dis.Instruction]) -> None:
-    """Raise unless what a name stands for, with the attributes read of it, cannot change."""
+def _check_name(code: CodeType, scope: dict[str, Any], steps: list[dis.Instruction]) -> Any:
+    """Return what a name stands for, with the attributes read of it; raise if it can change."""
     path = [str(steps[0].argval)]
     value = scope.get(path[0])
     for step in steps[1:]:
@@ -166,6 +184,7 @@ def _check_name(code: CodeType, scope: dict[str, Any], steps: list[dis.Instructi
             value = value.__func__
     if not is_constant(value):
         raise KeptError(f"{code.co_name}() in its model uses {'.'.join(path)!r}")
+    return value
 
 
 def is_constant(value: Any) -> bool:
@@ -256,7 +275,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
         return _ABSENT
     value = inspect.getattr_static(type(module), name, _ABSENT)
     methods = (FunctionType, property, staticmethod, classmethod)
-    return Member(value) if isinstance(value, methods) else value
+    return Member(member(type(module), name)) if isinstance(value, methods) else value
 
 
 def _is_immutable(value: Any) -> bool:

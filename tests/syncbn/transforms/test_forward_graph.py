@@ -78,6 +78,30 @@ def _with_attribute(y: Tensor) -> Tensor:
 _with_attribute.scale = 2.0  # pyright: ignore[reportFunctionMemberAccess] -- functions may have attributes
 
 
+class _Scale:
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+    def __call__(self, y: Tensor) -> Tensor:
+        return y * self.scale
+
+
+def _applied(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda y: function(y)
+
+
+_plain, _scaled = _applied(torch.tanh), _applied(_Scale())
+
+
+class _Settings:
+    scale = 2.0
+
+
+def _reads_a_class(net: _Net, y: Tensor, x: Tensor) -> Tensor:
+    settings = _Settings
+    return y.relu() * settings.scale
+
+
 class _Doubling(nn.Identity):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs) * 2
@@ -147,6 +171,15 @@ WHOLES: dict[str, tuple[Callable[[_Net, Tensor, Tensor], object], str]] = {
     "an attribute of a function": (
         lambda net, y, x: _with_attribute(y.relu()),
         "<lambda>() in its model uses '_with_attribute'",
+    ),
+    "a closure that another one hides": (
+        lambda net, y, x: _plain(_scaled(_plain(y.relu()))),
+        "<lambda>() in its model uses 'function'",
+    ),
+    "an attribute of a class": (_reads_a_class, "its model's forward may read _Settings.scale"),
+    "an attribute by a method": (
+        lambda net, y, x: y.relu() * net.__getattribute__("number"),
+        "<lambda>() in its model calls __getattribute__",
     ),
     "a module called in its own way": (
         lambda net, y, x: net.doubling(y.relu()),

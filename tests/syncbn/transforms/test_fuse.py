@@ -272,6 +272,43 @@ def test_fused_model_can_be_reverted_converted_copied_and_pickled() -> None:
     _assert_computes_the_same(again, copy.deepcopy(plain), x)
 
 
+def test_fused_model_is_left_as_it_is() -> None:
+    fused = syncbn.fuse(syncbn.convert_sync_batchnorm(_Block())).model
+    again = syncbn.fuse(fused)
+    assert again.fused == {}
+    assert again.kept == dict.fromkeys(("bn1", "bn2"), "its model is fused already")
+    assert _calls(again.model, torch.randn(4, C, 3, 3)) == ["relu", "add, relu"]
+
+
+class _Total:
+    """Adds what it is given, and is no tensor."""
+
+    def add(self, other: Tensor) -> Tensor:
+        return 2 * other
+
+
+class _MakesTotal(nn.Module):
+    def forward(self, x: Tensor) -> _Total:
+        return _Total()
+
+
+class _AddsToTotal(_One):
+    def __init__(self) -> None:
+        super().__init__(lambda net, y, x: y)
+        self.total = _MakesTotal()
+
+    def forward(self, x: Tensor) -> object:
+        return self.total(x).add(self.bn(x))
+
+
+def test_addition_by_what_may_be_no_tensor_is_kept() -> None:
+    model = _AddsToTotal()
+    fusion = syncbn.fuse(model)
+    assert fusion.kept == {"bn": "it is added by a method of total, which may be no tensor"}
+    x = torch.randn(3, C, 2)
+    torch.testing.assert_close(fusion.model(x), model(x))
+
+
 class _Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

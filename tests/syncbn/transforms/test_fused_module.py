@@ -148,6 +148,10 @@ KINDS: dict[str, Callable[[nn.Module, Callable[[], None]], object]] = {
     "full backward": lambda module, note: module.register_full_backward_hook(lambda *_: note()),
     "backward pre": lambda module, note: module.register_full_backward_pre_hook(lambda *_: note()),
     "state dict": lambda module, note: module.register_state_dict_post_hook(lambda *_: note()),
+    "state dict pre": lambda module, note: module.register_state_dict_pre_hook(lambda *_: note()),
+    "load state dict pre": lambda module, note: module.register_load_state_dict_pre_hook(
+        lambda *_: note()
+    ),
     "load state dict": lambda module, note: module.register_load_state_dict_post_hook(
         lambda *_: note()
     ),
