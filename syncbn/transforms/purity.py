@@ -195,7 +195,8 @@ def is_constant(value: Any) -> bool:
         return known and value not in _REVEALING_CLASSES
     if isinstance(value, FunctionType) and not _is_library(value.__globals__):
         # Its code is checked when it runs.
-        return _has_constant_defaults(value) and vars(value).keys() <= {"__wrapped__"}
+        marks = all(name.startswith(("__", "_torch")) for name in vars(value))
+        return marks and _has_constant_defaults(value)
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
         known = value in _FUNCTIONS or value in _torch_functions()
         return known or (value.__module__ in _PURE_MODULES and value.__module__ != "builtins")

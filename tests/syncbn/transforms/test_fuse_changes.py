@@ -99,3 +99,16 @@ def test_class_whose_method_is_exchanged_afterwards_runs_the_new_one() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_Names, name, value)
             assert_same_step(fused, model, X)
+
+
+class _Marked(_Names):
+    @torch.jit.unused
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * 3.0
+
+
+def test_method_that_torch_has_marked_is_one_like_others() -> None:
+    model = _Marked().double()
+    fused = syncbn.fuse(model).model
+    assert fused_calls(fused, X) == 1
+    assert_same_step(fused, model, X)
