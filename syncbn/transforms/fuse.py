@@ -1,4 +1,4 @@
-"""Batch normalization that takes the addition and the ReLU after it along, for training."""
+"""Fuse a batch normalization with the addition and the ReLU that follow it, for training."""
 
 import operator
 from dataclasses import dataclass, field
@@ -54,8 +54,9 @@ def fuse(model: nn.Module) -> Fusion:
     - in evaluation mode,
     - for arguments that are neither all tensors nor all lists,
     - and whenever something differs from when it was traced: a fused module, a module that it
-      calls, or an attribute that it reads has been replaced, a normalization or ReLU that it fuses
-      has been given hooks, been frozen, or been reverted, or hooks for all modules are registered.
+      calls, or an attribute, method or tensor that it reads has been replaced; a normalization or
+      ReLU that it fuses has been given hooks, been frozen, or been reverted; or hooks for all
+      modules are registered.
 
     So the normalizations remain what they are for everyone else who calls them. Do not train one
     copy in several threads at once: a layer has its ReLU only during such a call.
@@ -64,8 +65,11 @@ def fuse(model: nn.Module) -> Fusion:
     `convert_sync_batchnorm`) that a forward calls once, whose output goes into a ReLU or addition
     and nowhere else, and neither has hooks; unless what is added to it exists before it and is
     certain not to be changed in between; and unless the forward is certain to do nothing but its
-    calls: it has no optional arguments, depends on no values, sets no attributes, and uses no
-    globals but functions and classes. A submodule is taken not to return None.
+    calls: it has no optional arguments, depends on no values, sets no attributes, uses no globals
+    but functions and classes, is not wrapped by a decorator of a library (such as
+    `torch.autocast`), makes no containers but lists, dicts and tuples, and passes no list or dict
+    to a submodule. A submodule is assumed not to return None, and functions and classes not to be
+    replaced.
 
     A pickled copy is loaded as the model was before; fuse it again. A deep copy is fused. Make the
     optimizer, and DistributedDataParallel, of the copy. Does not communicate, and leaves the order

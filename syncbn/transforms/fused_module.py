@@ -1,8 +1,8 @@
-"""A module whose forward, in training, is the code of a graph; and its own in every other case.
+"""A module whose forward runs the code of a graph in training, and its own code otherwise.
 
-The module keeps its class as a base, its tensors, submodules, methods and hooks. What the graph was
-made from is compared at each call; if anything differs, the module's own forward runs, and computes
-what it always did.
+The module keeps its tensors, submodules, methods and hooks, and its class as a base class. Each
+call compares the module with what the graph was made from; if anything differs, the module's own
+forward runs and computes what it always did.
 """
 
 import copy
@@ -201,7 +201,7 @@ def normalized(
         given = input, residual
     if not relu:
         return layer(*given)
-    # Only meanwhile, so that whoever else calls the layer gets a normalization.
+    # Only during this call, so that other callers of the layer get a plain normalization.
     layer.fuses_relu = True
     try:
         return layer(*given)

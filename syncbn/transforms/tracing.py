@@ -29,7 +29,7 @@ def untraceable(error: Exception) -> KeptError:
 class Tracer(fx.Tracer):
     """Records calls of the layers of interest, and which of their outputs something holds on to."""
 
-    proxy_buffer_attributes = True  # else reading a layer's buffer would leave no trace
+    proxy_buffer_attributes = True  # otherwise a trace would not record that a buffer is read
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Trace:
 
 
 def copy_of(model: nn.Module, *, share_tensors: bool = False) -> nn.Module:
-    """Return a deep copy of a model that shares process groups, and its tensors where asked for."""
+    """Return a deep copy of a model that shares process groups, and its tensors if asked to."""
     # A process group stands for connections; a lazy buffer refuses. Neither needs to be copied.
     shared: list[Any] = [getattr(module, "process_group", None) for module in model.modules()]
     tensors = (*model.parameters(), *model.buffers())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# What gives a new value, or a view, for any operands.
+# These return a new value or a view, whatever the operands are.
 _READING = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod),
     *(operator.pow, operator.matmul, operator.neg, operator.pos, operator.abs, operator.invert),
@@ -34,8 +34,8 @@ def _name(target: Any) -> str:
 
 
 def _only_reads(name: str) -> bool:
-    """Return whether no overload of an operator writes, but those that are told where to."""
-    # Schemas of normalizations do not tell that these write to their running statistics.
+    """Return whether no overload of an operator writes to an argument other than `out`."""
+    # The schemas of normalizations do not say that they write to the running statistics.
     if name.startswith("_") or name.endswith("_") or "norm" in name:
         return False
     packet = getattr(torch.ops.aten, name, None)
