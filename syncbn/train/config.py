@@ -29,6 +29,7 @@ from syncbn.train.schema import (
     WhiteningNormConfig,
     schemas,
 )
+from syncbn.train.schema.resume import BEFORE
 
 
 def config_dir() -> Path:
@@ -58,12 +59,15 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
             the wrong type or out of range.
     """
     register_schemas()
+    around = GlobalHydra.instance().hydra  # of a sweep, in one of whose jobs this is
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="syncbn-train"):
             composed = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
+    finally:
+        GlobalHydra.instance().hydra = around
     return to_config(composed)
 
 
@@ -131,19 +135,40 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def from_yaml(text: str) -> TrainConfig:
-    """Return the configuration that `to_yaml` wrote; raises as `to_config`."""
+    """Return the configuration that `to_yaml` wrote, now or in an earlier version.
+
+    A key that the earlier version did not have gets the value that means what it did, which may be
+    another than the default: see `syncbn.train.schema.resume`.
+
+    Raises:
+        ConfigError: as `to_config`.
+    """
     try:
         loaded = OmegaConf.create(text)
         assert isinstance(loaded, DictConfig)
+        _fill(loaded)
         return to_config(loaded)
     except (YAMLError, AssertionError, AttributeError) as error:
         raise ConfigError(f"not a configuration of syncbn-train: {error}") from error
 
 
-def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
-    """Return "key=value" for each value of a configuration that another has differently."""
-    ours, theirs = (_flatten(OmegaConf.structured(each)) for each in (config, other))
-    return [f"{key}={value}" for key, value in ours.items() if theirs.get(key, ...) != value]
+def _fill(loaded: DictConfig) -> None:
+    """Give keys that a configuration of an earlier version does not have their former meaning."""
+    for key, value in BEFORE.items():
+        section, _, name = key.rpartition(".")
+        node = loaded.get(section) if section else loaded
+        if not isinstance(node, DictConfig) or name in node:
+            continue
+        if section in CHOICES:
+            fields = getattr(schemas(section).get(node.get("name")), "__dataclass_fields__", {})
+            if name not in fields:
+                continue
+        node[name] = value
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Return the values of a configuration by their keys with dots, such as optim.lr."""
+    return _flatten(OmegaConf.structured(config))
 
 
 def _flatten(node: DictConfig, prefix: str = "") -> dict[str, Any]:

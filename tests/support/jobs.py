@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage] -- documented
 )
 
-from syncbn.train.config import compose_config
+from syncbn.train.changes import compose_job
 from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
-from syncbn.train.run.directory import RunDirectory, open_run_directory
+from syncbn.train.run.directory import RunDirectory, open_run
+from syncbn.train.run.lock import send_job
 from tests.support.world import CONTEXT
 
 SMALL = ("model.width=4", "track=none", "launch.device=cpu", "launch.threads=1")
@@ -33,13 +35,14 @@ class Job:
 
     def __init__(self, run_dir: Path, *overrides: str) -> None:
         small = SMALL[1:] if "model=custom" in overrides else SMALL
-        config = compose_config([*small, *overrides, f"run_dir={run_dir}"])
-        self.run: RunDirectory = open_run_directory(config)
-        reader, self._launcher = CONTEXT.Pipe(duplex=False)
-        self.agent: Any = CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
-        self.agent.start()
-        reader.close()
-        os.write(self._launcher.fileno(), f"{run_dir}\n".encode())
+        typed = [*small, *overrides, f"run_dir={run_dir}"]
+        with open_run(compose_job(typed), typed) as opened:
+            self.run: RunDirectory = opened.directory
+            reader, self._launcher = socket.socketpair()
+            self.agent: Any = CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
+            self.agent.start()
+            reader.close()
+            send_job(self._launcher, self.run.path, opened.lock)
 
     def wait(self, timeout_s: float = 60) -> int:
         """Return the agent's exit code, after making sure that nothing is left of the job."""

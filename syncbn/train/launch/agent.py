@@ -1,8 +1,9 @@
 """The process between launcher and ranks: imports torch once, and forks the ranks of one job.
 
-`python -m syncbn.train.launch.agent` reads the run's directory from standard input, a line.
-It may come long after torch is there. The end of standard input ends the job: if the launcher is
-killed, its ranks write their state and stop.
+`python -m syncbn.train.launch.agent` gets the run's directory from standard input, a socket: a
+line, and with it the descriptor of the directory's lock, which this process and the ranks hold from
+then on. It may come long after torch is there. The end of standard input ends the job: if the
+launcher is killed, its ranks write their state and stop.
 """
 
 import importlib
@@ -23,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from syncbn.train.launch import worker
 from syncbn.train.launch.watchdog import STOP_SIGNALS
 from syncbn.train.run.directory import Result, RunDirectory
+from syncbn.train.run.lock import receive_job
 
 _RENDEZVOUS_TIMEOUT_S = 60
 _POLL_S = 0.1
@@ -34,8 +36,8 @@ def main() -> int:
     """Start the ranks of a prepared run, wait for them, and return the exit code."""
     # DDP and optimizers load it, which takes a second: here once, and not in each rank.
     importlib.import_module("torch._dynamo")
-    run_dir = _read_line()
-    if not run_dir:  # there was no job for this one
+    run_dir, lock = receive_job()
+    if lock is None:  # there was no job for this one
         return 0
     run = RunDirectory(Path(run_dir))
     launch = run.read_config().launch
@@ -63,7 +65,8 @@ def main() -> int:
     os.set_blocking(pids, False)
     _look_after_ranks(pids, told, run)
     try:
-        codes = elastic_launch(config, worker.be_launched_rank)(str(run.path), pid_of_rank)
+        start = elastic_launch(config, worker.be_launched_rank)
+        codes = start(str(run.path), pid_of_rank, lock.fileno())
     except ChildFailedError as error:
         if told:
             return 128 + told[0]
@@ -144,18 +147,11 @@ def is_running(child: int) -> bool:
         return False
 
 
-def _read_line() -> str:
-    """Return the next line of standard input, and read nothing behind it."""
-    line = b""
-    while (byte := os.read(0, 1)) not in (b"", b"\n"):
-        line += byte
-    return line.decode()
-
-
 def _end_with_launcher() -> None:
     """Stop the job when the other end of standard input is closed, in whatever way."""
-    while os.read(0, 1):
-        pass
+    with suppress(ConnectionResetError):
+        while os.read(0, 1):
+            pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

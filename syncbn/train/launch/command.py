@@ -2,10 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -18,14 +19,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.errors import ConfigError, SyncBNError
+from syncbn.train.changes import resumed_config, stored_config
 from syncbn.train.config import config_dir, explain, register_schemas, to_config
 from syncbn.train.launch.sweep import be_sweep_job, is_abandoned, is_sweep, sweep
-from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
-from syncbn.train.schema import LaunchConfig
+from syncbn.train.run.directory import OpenRun, Result, open_run
+from syncbn.train.run.lock import send_job
+from syncbn.train.schema import TrainConfig
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 # Agents that have no job yet, by their number of threads. They end when this process does.
-_standby: "dict[str, subprocess.Popen[bytes]]" = {}
+_standby: "dict[str, _Agent]" = {}
 # What the agent needs, when told to stop, beyond what the ranks may take.
 _AGENT_TIMEOUT_S = 15
 
@@ -50,6 +53,12 @@ def main() -> None:
     try:
         if is_sweep(sys.argv):
             raise SystemExit(sweep(sys.argv, decorate(_train)))
+        if not any(argument.startswith("-") for argument in sys.argv[1:]):
+            stored = stored_config(sys.argv[1:])
+            # Hydra would compose what is typed with the defaults, which may have other keys.
+            if stored is not None:
+                _train_job(resumed_config(stored, sys.argv[1:]), sys.argv[1:])
+                return
         decorate(_train)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error), 2)
@@ -59,12 +68,11 @@ def main() -> None:
         _fail(error, 1)
 
 
-def launch(run: RunDirectory, launch: LaunchConfig, more: bool = False) -> Result:
+def launch(opened: OpenRun, more: bool = False) -> Result:
     """Start the ranks of a prepared run with torch's elastic launcher, and wait for them.
 
     Args:
-        run: its directory.
-        launch: how many ranks, and how long to wait for them to stop.
+        opened: the run, whose lock they get a part in.
         more: whether there will be another job; its agent loads torch meanwhile.
 
     Returns:
@@ -74,19 +82,20 @@ def launch(run: RunDirectory, launch: LaunchConfig, more: bool = False) -> Resul
         SystemExit: with code 128 + the number, where a signal told this process to stop, after the
             ranks wrote their state.
     """
+    run, launch = opened.directory, opened.config.launch
+    for change in opened.changes:
+        print(f"syncbn-train: going on with {change}", file=sys.stderr)
     threads = str(max(1, _cores() // launch.nproc))
     threads = str(launch.threads or os.environ.get("OMP_NUM_THREADS", threads))
     with told_to_stop() as told:
-        agent = _standby.pop(threads, None) or _start_agent(threads)
-        assert agent.stdin is not None
-        agent.stdin.write(f"{run.path}\n".encode())
-        agent.stdin.flush()
+        agent = _standby.pop(threads, None) or _Agent(threads)
+        agent.give(opened)
         if more:
-            _standby[threads] = _start_agent(threads)
+            _standby[threads] = _Agent(threads)
         try:
-            code = _wait(agent, told, launch.stop_timeout_s + _AGENT_TIMEOUT_S)
+            code = _wait(agent.process, told, launch.stop_timeout_s + _AGENT_TIMEOUT_S)
         finally:
-            _kill(agent)
+            agent.kill()
     result = run.read_result()
     if result is None or (code != 0 and result.status == "finished"):
         if told:
@@ -105,11 +114,14 @@ def _train(composed: DictConfig) -> float | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return be_sweep_job(composed, launch)
     try:
-        config = to_config(composed)
-        run = open_run_directory(config)
+        return _train_job(to_config(composed), HydraConfig.get().overrides.task)
     except ConfigError as error:  # here, or Hydra would add words of its own
         _fail(error, 2)
-    result = launch(run, config.launch)
+
+
+def _train_job(config: TrainConfig, overrides: Sequence[str]) -> float:
+    with open_run(config, overrides) as opened:
+        run, result = opened.directory, launch(opened)
     if result.status == "interrupted":
         raise SystemExit(result.exit_code)
     if result.status == "failed":  # of which the ranks have spoken
@@ -117,14 +129,31 @@ def _train(composed: DictConfig) -> float | None:
     return result.objective
 
 
-def _start_agent(threads: str) -> "subprocess.Popen[bytes]":
-    # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on once.
-    return subprocess.Popen(
-        [sys.executable, "-m", "syncbn.train.launch.agent"],
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+class _Agent:
+    """The process that starts the ranks, and what it hears of this one by."""
+
+    def __init__(self, threads: str) -> None:
+        self._socket, its_end = socket.socketpair()
+        # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on
+        # once.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "syncbn.train.launch.agent"],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdin=its_end.fileno(),
+            start_new_session=True,
+        )
+        its_end.close()
+
+    def give(self, opened: OpenRun) -> None:
+        """Give it a job, and a part in its lock."""
+        send_job(self._socket, opened.directory.path, opened.lock)
+
+    def kill(self) -> None:
+        """Make sure that nothing is left of it and its ranks."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._socket.close()
 
 
 @contextmanager
@@ -159,15 +188,6 @@ def _wait(agent: "subprocess.Popen[bytes]", told: list[int], stop_timeout_s: flo
         return agent.wait(stop_timeout_s)
     except subprocess.TimeoutExpired:
         return 1
-
-
-def _kill(agent: "subprocess.Popen[bytes]") -> None:
-    """Make sure that nothing is left of the agent and its ranks."""
-    assert agent.stdin is not None
-    with suppress(ProcessLookupError):
-        os.killpg(agent.pid, signal.SIGKILL)
-    agent.wait()
-    agent.stdin.close()
 
 
 def _cores() -> int:

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.config import to_config
-from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
-from syncbn.train.schema import LaunchConfig
+from syncbn.train.run.directory import OpenRun, Result, RunDirectory, is_more, open_run
 
 _NAME_LIMIT = 120
 # Tells jobs, wherever a launcher starts them, which lock the sweep's own process holds on which
@@ -76,9 +76,7 @@ def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
     return _finish(directory, trouble)
 
 
-def be_sweep_job(
-    composed: DictConfig, launch: Callable[[RunDirectory, LaunchConfig, bool], Result]
-) -> float | None:
+def be_sweep_job(composed: DictConfig, launch: Callable[[OpenRun, bool], Result]) -> float | None:
     """Train one job of a sweep, unless it has finished; return its validation error.
 
     Whatever goes wrong is in the job's result.json, for an exception would be in a launcher's
@@ -96,21 +94,29 @@ def be_sweep_job(
     path = Path(settings.sweep.dir) / job_name(chosen)
     run = RunDirectory(path.resolve())
     result = run.read_result()
-    if result is None or result.status != "finished":
-        print(f"{path.name}: starting", flush=True)
-        started = time.monotonic()
-        try:
-            composed.run_dir = str(path)
-            config = to_config(composed)
-            run = open_run_directory(config)
-            result = launch(run, config.launch, True)
-        except Exception as error:
-            reason = str(error) if isinstance(error, SyncBNError) else repr(error)
-            result = Result("failed", reason, {}, time.monotonic() - started, 1)
-            path.mkdir(parents=True, exist_ok=True)
-            run.write_result(result)
+    started = time.monotonic()
+    try:
+        composed.run_dir = str(path)
+        config = to_config(composed)
+        if result is None or result.status != "finished" or is_more(run, config, overrides):
+            print(f"{path.name}: starting", flush=True)
+            with open_run(config, overrides) as opened:
+                result = launch(opened, True)
+    except Exception as error:
+        reason = str(error) if isinstance(error, SyncBNError) else repr(error)
+        was, result = result, Result("failed", reason, {}, time.monotonic() - started, 1)
+        if was is None or was.status != "finished":  # of which the model is there
+            _record(run, result)
+        print(f"syncbn-train: {path.name}: {reason}", file=sys.stderr)
     print(f"{path.name}: {result.status}", flush=True)
     return result.objective if result.status == "finished" else None
+
+
+def _record(run: RunDirectory, result: Result) -> None:
+    """Write how a job ended that did not begin, unless another job is in its directory."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with suppress(ConfigError), run.lock():
+        run.write_result(result)
 
 
 def is_abandoned() -> bool:

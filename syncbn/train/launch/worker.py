@@ -26,12 +26,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.rendezvous import rendezvous
 
 from syncbn.errors import ConfigError, DataError, ReplicaError, SyncBNError, TrainingError
-from syncbn.train.config import compose_config, from_yaml, to_yaml
+from syncbn.train.changes import compose_job
+from syncbn.train.config import from_yaml, to_yaml
 from syncbn.train.device import choose_device, join_process_group, leave_process_group
 from syncbn.train.launch.rendezvous import agree, prefixed
 from syncbn.train.launch.watchdog import STOP_SIGNALS, Watch
 from syncbn.train.loop import train
-from syncbn.train.run.directory import Result, RunDirectory, open_run_directory
+from syncbn.train.run.directory import Result, RunDirectory, open_run
+from syncbn.train.run.lock import RunLock
 from syncbn.train.run.report import summarize
 from syncbn.train.schema import TrainConfig
 
@@ -59,7 +61,7 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
                 f"rank; type `{' '.join(['syncbn-train', *flags, *rest])}`, which starts the "
                 "ranks itself"
             )
-        config = compose_config(overrides)
+        config = compose_job(overrides)
         nproc = int(os.environ["LOCAL_WORLD_SIZE"])
         asked = any(override.lstrip("+").startswith("launch.nproc=") for override in overrides)
         if asked and config.launch.nproc != nproc:
@@ -68,19 +70,28 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
                 "leave launch.nproc out"
             )
         config.launch.nproc = nproc
-        return config, open_run_directory(config, _torchrun())
+        typed = [*overrides, f"launch.nproc={nproc}"]
+        opened = held.enter_context(open_run(config, typed, _torchrun()))
+        opened.lock.keep_from_children()
+        for change in opened.changes:
+            print(f"syncbn-train: going on with {change}", file=sys.stderr)
+        return opened.config, opened.directory
 
-    _leave(record(_work)(prepare) or 0)
+    with ExitStack() as held:
+        code = record(_work)(prepare) or 0
+    _leave(code)
 
 
-def be_launched_rank(run_dir: str, pid_pipe: int) -> int:
+def be_launched_rank(run_dir: str, pid_pipe: int, lock: int) -> int:
     """Be one rank of a job that `syncbn.train.launch.agent` started, and return its exit code.
 
     Args:
         run_dir: the run's directory.
         pid_pipe: where the agent reads which processes the ranks are.
+        lock: the descriptor of the directory's lock, which this process holds to its end.
     """
     run = RunDirectory(Path(run_dir))
+    RunLock(lock).keep_from_children()
     for number in STOP_SIGNALS:  # of the agent it has inherited what to do
         signal.signal(number, signal.SIG_DFL)
     os.write(pid_pipe, f"{os.getpid()}\n".encode())
@@ -116,18 +127,11 @@ def _leave(code: int) -> NoReturn:
 
 
 def _work(prepare: Callable[[], Job]) -> int:
-    """Do this rank's part, with the run directory locked by rank 0, and return its exit code."""
-    with ExitStack() as held:
+    """Do this rank's part and return its exit code.
 
-        def prepare_and_lock() -> Job:
-            config, run = prepare()
-            held.enter_context(run.lock())
-            return config, run
-
-        return _work_locked(prepare_and_lock)
-
-
-def _work_locked(prepare: Callable[[], Job]) -> int:
+    Args:
+        prepare: called on rank 0; returns the job, whose run directory is locked.
+    """
     shared, rank, world_size = next(rendezvous("env://", timeout=_AGREEMENT_TIMEOUT))
     try:
         timeout_s = _AGREEMENT_TIMEOUT.total_seconds()

@@ -5,23 +5,23 @@ Only rank 0 writes here, and whoever started it before and after it.
 
 import dataclasses
 import json
+import logging
 import os
 import secrets
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from syncbn.errors import ConfigError
-from syncbn.train.config import differences, from_yaml, to_yaml
-from syncbn.train.schema import PLACES, TrainConfig
+from syncbn.train.changes import CONFIG_FILE, check_changes, read_config, resumed_config
+from syncbn.train.config import to_yaml
+from syncbn.train.run.lock import LOCK_FILE, RunLock, lock_directory
+from syncbn.train.schema import TrainConfig
 
-# A predecessor that was told to end may hold the lock for a moment.
-_LOCK_TIMEOUT_S = 5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class RunDirectory:
     @property
     def config_file(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:
@@ -96,28 +96,15 @@ class RunDirectory:
         Raises:
             ConfigError: there is none, or it does not follow the schemas.
         """
-        try:
-            return from_yaml(self.config_file.read_text())
-        except (OSError, UnicodeDecodeError, ConfigError) as error:
-            raise ConfigError(f"cannot read {self.config_file}: {error}") from error
+        return read_config(self.config_file)
 
-    @contextmanager
-    def lock(self) -> Generator[None]:
-        """Keep every other job out of this directory, until the end or this process's death.
+    def lock(self) -> RunLock:
+        """Keep every other job out of this directory, until all who share the lock have ended.
 
         Raises:
             ConfigError: another job is in it.
         """
-        held = FileLock(self.path / ".lock")
-        try:
-            held.acquire(timeout=_LOCK_TIMEOUT_S)
-        except Timeout:
-            raise ConfigError(
-                f"another job is training in {self.path}; wait for its end, or choose another "
-                "run_dir"
-            ) from None
-        with held:
-            yield
+        return lock_directory(self.path)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the metrics of the epochs so far, oldest first."""
@@ -157,10 +144,22 @@ class RunDirectory:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of lines, without those that are damaged, which is said."""
     if not file.exists():
         return []
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
     # The last line may have been cut short by a kill, and then says nothing.
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            line = json.loads(text)
+            assert isinstance(line["step"], int | float)
+            lines.append(line)
+        except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
+            damaged.append(number)
+    if damaged:
+        log.warning("%s: passed over damaged lines %s", file, ", ".join(map(str, damaged)))
+    return lines
 
 
 def _append_line(file: Path, values: Mapping[str, float]) -> None:
@@ -181,39 +180,108 @@ def _replace(file: Path, content: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def open_run_directory(config: TrainConfig, started_by: str | None = None) -> RunDirectory:
-    """Make the directory of a new run and write its config, or open that of a run to resume.
+@dataclass(frozen=True)
+class OpenRun:
+    """A run directory that is ready for a job, and that no other job can get.
 
-    A directory named by `config.run_dir` that exists is resumed if it belongs to the same job and
-    did not finish. Without that name, a new one is made below `config.run_root`: no two runs get
-    the same, however many start at once.
+    Attributes:
+        directory: where it is; its config.yaml is `config`.
+        config: the job: of a run that goes on, its own configuration with what was typed.
+        changes: what in it is another than before, "key=value (was old)" each.
+        lock: what keeps others out, until it is closed by all who share it.
+    """
+
+    directory: RunDirectory
+    config: TrainConfig
+    changes: tuple[str, ...]
+    lock: RunLock
+
+    def __enter__(self) -> "OpenRun":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.close()
+
+
+def open_run(
+    config: TrainConfig, overrides: Sequence[str] | None = None, started_by: str | None = None
+) -> OpenRun:
+    """Make the directory of a new run and write its config, or open that of a run that goes on.
+
+    A directory named by `config.run_dir` that exists goes on, with its own configuration and the
+    overrides laid over it. Without that name, a new one is made below `config.run_root`: no two
+    runs get the same, however many start at once. Nothing in a directory is touched unless this
+    job has its lock.
 
     Args:
         config: the job.
+        overrides: what of it was typed, as on the command line; None: all of it.
         started_by: who starts it. A second call for the same starter, which is a restart, opens
             the directory of the first.
 
     Raises:
-        ConfigError: the directory belongs to another job, or its run has finished, or it cannot be
-            made, or `config.publish` is not to be written to.
+        ConfigError: another job is in the directory, or it is no run's, or its run cannot go on
+            with what was typed, or has finished and there is nothing to add, or the directory
+            cannot be made, or `config.publish` is not to be written to.
     """
-    if config.publish is not None:
-        _check_publishable(Path(config.publish), config.name)
-    path = Path(config.run_dir or _restarted(config, started_by) or _fresh_name(config))
+    fresh = _fresh_name(config).resolve()
+    path = Path(config.run_dir or _restarted(config, started_by) or fresh)
     run = RunDirectory(path.resolve())
-    try:
-        run.path.parent.mkdir(parents=True, exist_ok=True)
-        if run.path.exists():
-            _check_resumable(run, config)
-            run.result_file.unlink(missing_ok=True)
-        else:
-            run.path.mkdir()
-        _replace(run.config_file, to_yaml(config))
-        if started_by is not None:
-            _replace(run.path / _STARTER, started_by)
-    except OSError as error:
-        raise ConfigError(f"cannot make the run directory {run.path}: {error.strerror}") from error
-    return run
+    with ExitStack() as opened:
+        try:
+            if config.publish is not None:
+                _check_publishable(Path(config.publish), config.name)
+            _check_free(run)
+            run.path.mkdir(parents=True, exist_ok=run.path != fresh)
+            lock = opened.enter_context(run.lock())
+            _check_free(run)  # again, as nobody else writes from now on
+            changes: list[str] = []
+            if run.config_file.exists():
+                stored = run.read_config()
+                if overrides is not None:
+                    resumed = resumed_config(stored, overrides, config)
+                    resumed.run_dir = config.run_dir or resumed.run_dir
+                    config = resumed
+                changes = _check_resumable(run, stored, config)
+                run.result_file.unlink(missing_ok=True)
+            _replace(run.config_file, to_yaml(config))
+            if started_by is not None:
+                _replace(run.path / _STARTER, started_by)
+            _note(run, changes)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the run directory {run.path}: {error.strerror}"
+            ) from error
+        opened.pop_all()
+    return OpenRun(run, config, tuple(changes), lock)
+
+
+def is_more(run: RunDirectory, config: TrainConfig, overrides: Sequence[str]) -> bool:
+    """Return whether what was typed has a finished run train, export or publish once more.
+
+    Args:
+        run: its directory.
+        config: what the overrides give for a new run.
+        overrides: what was typed.
+
+    Raises:
+        ConfigError: the run's configuration cannot be read.
+    """
+    stored = run.read_config()
+    return _adds(run, stored, resumed_config(stored, overrides, config))
+
+
+def open_run_directory(config: TrainConfig) -> RunDirectory:
+    """Make or open a run directory as `open_run` does, without keeping others out afterwards.
+
+    For one process that trains by itself, as tests and benchmarks do.
+
+    Raises:
+        ConfigError: as `open_run`.
+    """
+    opened = open_run(config)
+    opened.lock.close()
+    return opened.directory
 
 
 def _check_publishable(directory: Path, name: str) -> None:
@@ -230,6 +298,8 @@ def _check_publishable(directory: Path, name: str) -> None:
 
 
 _STARTER = ".started_by"
+# What a job that was killed may have left before it wrote its configuration.
+_OURS = (LOCK_FILE, _STARTER, f"{CONFIG_FILE}.tmp")
 
 
 def _restarted(config: TrainConfig, started_by: str | None) -> Path | None:
@@ -245,23 +315,48 @@ def _fresh_name(config: TrainConfig) -> Path:
     return Path(config.run_root) / name
 
 
-def _check_resumable(run: RunDirectory, config: TrainConfig) -> None:
-    if not run.config_file.is_file():
-        if not any(run.path.iterdir()):
-            return
+def _check_free(run: RunDirectory) -> None:
+    """Raise if a directory is there that is neither empty nor a run's."""
+    if run.config_file.is_file() or not run.path.exists():
+        return
+    if any(file.name not in _OURS for file in run.path.iterdir()):
         raise ConfigError(
             f"run_dir={run.path} exists and is not a run directory; choose one that does not exist"
         )
+
+
+def _check_resumable(run: RunDirectory, stored: TrainConfig, config: TrainConfig) -> list[str]:
+    """Return what changes in a run that goes on; raise if it cannot."""
+    changes = check_changes(run.path, stored, config)
     result = run.read_result()
-    if result is not None and result.status == "finished":
-        raise ConfigError(f"run_dir={run.path} holds a finished run; choose another directory")
-    # Who trains and who is told are no part of the job either.
-    same = {key: getattr(config, key) for key in PLACES}
-    same |= {"launch": config.launch, "track": config.track}
-    theirs = dataclasses.replace(run.read_config(), **same)
-    if theirs != config:
-        differing = differences(config, theirs) or differences(theirs, config)
-        raise ConfigError(
-            f"run_dir={run.path} belongs to a job with another configuration; this one has "
-            f"{', '.join(differing)}; choose another directory"
-        )
+    if result is None or result.status != "finished" or _adds(run, stored, config):
+        return changes
+    raise ConfigError(
+        f"run_dir={run.path} holds a finished run; choose another directory, or say what to add: "
+        f"more than epochs={stored.epochs}"
+        + ("" if stored.max_steps is None else f" or max_steps={stored.max_steps}")
+        + ", or another publish or recalibrate"
+    )
+
+
+def _adds(run: RunDirectory, stored: TrainConfig, config: TrainConfig) -> bool:
+    """Return whether a configuration has a finished run train, export or publish once more."""
+    if config.recalibrate != stored.recalibrate:
+        return True
+    if config.publish not in (None, stored.publish):
+        return True
+    last = (run.read_metrics() or [{}])[-1]
+    epochs, steps = last.get("epoch", stored.epochs), last.get("step", 0)
+    if config.max_steps is not None and config.max_steps <= steps:
+        return False
+    was_cut = stored.max_steps is not None and stored.max_steps <= steps
+    more_epochs = config.epochs > max(epochs, stored.epochs)
+    return more_epochs or (was_cut and config.max_steps != stored.max_steps)
+
+
+def _note(run: RunDirectory, changes: Sequence[str]) -> None:
+    """Add to a run's log with what it goes on."""
+    if changes:
+        stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+        with run.log_file.open("a") as stream:
+            stream.write(f"{stamp} INFO going on with {', '.join(changes)}\n")

@@ -1,0 +1,108 @@
+"""The lock of a run directory: of one job, from before it writes to after its last process."""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from syncbn.errors import ConfigError
+
+LOCK_FILE = ".lock"
+# A predecessor that was told to end may hold the lock for a moment.
+_TIMEOUT_S = 5
+_POLL_S = 0.05
+_PATH_BYTES = 1 << 16
+
+
+class RunLock:
+    """A lock that processes share by a file descriptor, and the kernel gives back.
+
+    It belongs to the descriptor's open file, so the launcher can hand it to the agent and the agent
+    to its ranks without a moment in which it is free. It is free when all of them have closed it
+    or have ended, in whatever way.
+
+    Args:
+        descriptor: of the locked file, which this closes.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def fileno(self) -> int:
+        """Return the descriptor, for another process."""
+        assert self._descriptor is not None
+        return self._descriptor
+
+    def close(self) -> None:
+        """Give up this process's part of the lock."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def keep_from_children(self) -> None:
+        """Have processes that this one forks from now on close it, as they may outlast the job."""
+        os.register_at_fork(after_in_child=self.close)
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def lock_directory(path: Path) -> RunLock:
+    """Return the lock of a run directory, for which a predecessor may be waited for seconds.
+
+    Raises:
+        ConfigError: another job is in the directory.
+        OSError: the file system has no locks, or the directory cannot be written to.
+    """
+    descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + _TIMEOUT_S
+    try:
+        while not _try(descriptor):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"another job is training in {path}; wait for its end, or choose another "
+                    "run_dir"
+                )
+            time.sleep(_POLL_S)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return RunLock(descriptor)
+
+
+def _try(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def send_job(agent: socket.socket, run_dir: Path, lock: RunLock) -> None:
+    """Give a job to the process at the other end of a socket, with a part in its lock."""
+    socket.send_fds(agent, [f"{run_dir}\n".encode()], [lock.fileno()])
+
+
+def receive_job() -> tuple[str, RunLock | None]:
+    """Return the run directory that `send_job` sent to standard input, and the lock; or none.
+
+    Reads nothing behind it.
+    """
+    with socket.socket(fileno=os.dup(0)) as launcher:
+        line, descriptors, _, _ = socket.recv_fds(launcher, _PATH_BYTES, 1)
+        while line and not line.endswith(b"\n"):
+            line += launcher.recv(_PATH_BYTES) or b"\n"
+    return line.decode().rstrip("\n"), RunLock(descriptors[0]) if descriptors else None
