@@ -17,11 +17,15 @@ class WeightAverage(AveragedModel):
     Args:
         model: what is averaged; a copy of it holds the average.
         decay: weight of the old value.
+        warmup: whether it is less at first: (1 + n) / (10 + n) after n updates, as long as that is
+            below `decay`. Otherwise the weights of the first steps stay in the average for
+            1 / (1 - decay) updates, which may be more than a short run has.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
         super().__init__(model, use_buffers=True)
         self._decay = decay
+        self._warmup = warmup
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module, buffers: Iterable[Tensor] | None = None) -> None:
@@ -35,7 +39,9 @@ class WeightAverage(AveragedModel):
         """
         ours = [*self.module.parameters(), *self.module.buffers()]
         theirs = [*model.parameters(), *(model.buffers() if buffers is None else buffers)]
-        is_first = int(self.n_averaged) == 0  # it is on the CPU
+        updates = int(self.n_averaged)  # it is on the CPU
+        is_first = updates == 0
+        decay = min(self._decay, (1 + updates) / (10 + updates)) if self._warmup else self._decay
         averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]]
         averaged = defaultdict(lambda: ([], []))
         for mine, new in zip(ours, theirs, strict=True):
@@ -45,5 +51,5 @@ class WeightAverage(AveragedModel):
                 averaged[mine.dtype][0].append(mine)
                 averaged[mine.dtype][1].append(new)
         for mine, new in averaged.values():
-            torch._foreach_lerp_(mine, new, 1 - self._decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as torch's own averages do
+            torch._foreach_lerp_(mine, new, 1 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] -- one call, as torch's own averages do
         self.n_averaged += 1

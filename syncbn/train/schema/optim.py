@@ -22,6 +22,7 @@ class OptimConfig:
     clip_norm: PositiveFloat | None
     label_smoothing: BelowOne
     ema_decay: BelowOne | None
+    ema_warmup: bool = False
     freeze: list[str] = field(default_factory=list[str])
     lr_scale: dict[str, PositiveFloat] = field(default_factory=dict[str, float])
     decay_all: bool = True
