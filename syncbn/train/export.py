@@ -52,7 +52,7 @@ def export(
     run: RunDirectory | None,
     dataset: Dataset,
     best: dict[str, float],
-    batches: Iterable[Batch],
+    batches: Callable[[], Iterable[Batch]],
     evaluate: Callable[[nn.Module, Samples], Evaluation | None],
     told: Callable[[], int],
 ) -> Exported | None:
@@ -66,7 +66,8 @@ def export(
         run: where rank 0 writes; None on the other ranks.
         dataset: whose test samples are looked at now, and at no other time.
         best: the metrics of the best epoch.
-        batches: this rank's share of the training samples; they end early if it is told to stop.
+        batches: returns this rank's share of the training samples, which ends early if it is told
+            to stop.
         evaluate: returns what a model makes of samples, or None if a rank is told to stop.
         told: returns whether a rank was told to stop, on all ranks.
 
@@ -100,7 +101,7 @@ def export(
         if told():
             return None
         layers = recalibrate(
-            model, batches, forward=forward, only=lambda _, layer: not is_frozen(layer)
+            model, batches(), forward=forward, only=lambda _, layer: not is_frozen(layer)
         )
         if told():
             return None

@@ -1,7 +1,6 @@
 """How many optimizer steps a run has, in all and within an epoch."""
 
-import math
-
+from syncbn.train.data.sampling import TrainingShare
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.schema import TrainConfig
 
@@ -11,28 +10,27 @@ class Plan:
 
     Args:
         config: the job.
-        samples: of an epoch, over all ranks.
+        share: this rank's batches.
         world_size: the number of ranks.
 
     Attributes:
-        samples: as passed.
+        samples: of a whole epoch, over all ranks.
         world_size: as passed.
         steps_per_epoch: steps of a whole epoch.
         total_steps: steps that will have been made at the end.
     """
 
-    def __init__(self, config: TrainConfig, samples: int, world_size: int) -> None:
+    def __init__(self, config: TrainConfig, share: TrainingShare, world_size: int) -> None:
         self._config = config
-        self.samples = samples
+        self._share = share
+        self.samples = share.size_of_epoch
         self.world_size = world_size
         self.steps_per_epoch = self.steps_from(0)
         self.total_steps = self._capped(config.epochs * self.steps_per_epoch)
 
     def steps_from(self, samples: int) -> int:
         """Return the steps from a position in an epoch, in samples, to its end."""
-        accumulate = self._config.optim.accumulate
-        per_step = self._config.data.batch_size * self.world_size * accumulate
-        return math.ceil((self.samples - samples) / per_step)
+        return self._share.steps(samples, self._config.optim.accumulate)
 
     def go_on_at(self, position: Position) -> None:
         """Count the steps from a position, at which perhaps another number of ranks has arrived."""

@@ -22,11 +22,10 @@ from syncbn.models import ChannelAffine, build_model, build_without_memory
 from syncbn.train.average import WeightAverage
 from syncbn.train.data import Dataset
 from syncbn.train.description import describe
-from syncbn.train.generators import seed_generators
-from syncbn.train.model_checks import check_normalization, check_used
+from syncbn.train.model_checks import check_normalization
 from syncbn.train.optim import make_optimizer
 from syncbn.train.parameters import freeze, parameter_groups
-from syncbn.train.run.checkpoint import Checkpoint, Position
+from syncbn.train.run.checkpoint import Checkpoint
 from syncbn.train.schedule import Schedule, make_schedule
 from syncbn.train.schema import (
     CustomModelConfig,
@@ -187,7 +186,7 @@ def prepare(
     elif isinstance(config.norm, RenormalizeNormConfig):
         units = _units(model, architecture, allow_imports=custom)
         renormalizer = Renormalizer(units, config.norm.eps)
-    training = Training(
+    return Training(
         config,
         task,
         device,
@@ -202,9 +201,6 @@ def prepare(
         penalty,
         renormalizer,
     )
-    _settle(training, dataset)
-    seed_generators(config.seed, Position())
-    return training
 
 
 def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
@@ -277,39 +273,3 @@ def buffers_of_ranks(model: nn.Module) -> list[Tensor]:
         for buffer in module.buffers(recurse=False)
     }
     return [buffer for buffer in model.buffers() if id(buffer) not in synchronized]
-
-
-def _settle(training: Training, dataset: Dataset) -> None:
-    """Make one step on zeros and take it back, after which DDP's buckets stay as they are.
-
-    DDP arranges its buckets anew after its first backward pass, and with more than two ranks the
-    arrangement decides in which order gradients are added up. Without this, the first step of a
-    resumed run would round differently from the same step of a run that was not stopped.
-    """
-    buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
-    size = training.config.data.batch_size
-    samples = torch.zeros(size, *dataset.input.shape)
-    try:
-        with training.autocast():
-            output: Any = training.replica(training.inputs(samples))
-        training.task.check_output(output, size)
-        parts: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
-        nothing = [part.float().sum() * 0 for part in parts]
-        torch.stack(nothing).sum().backward()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"data.batch_size={size} is too much for the memory of {training.device}: "
-            f"{str(error).splitlines()[0]}; choose a smaller one, with more of "
-            f"optim.accumulate={training.config.optim.accumulate} for the same step, or "
-            "numerics.precision=bfloat16"
-        ) from error
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"model: cannot learn from images of shape {dataset.input.shape}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    check_used(training.model, training.config)
-    training.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, buffer in training.model.named_buffers():
-            buffer.copy_(buffers[name])

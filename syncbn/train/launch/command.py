@@ -119,7 +119,7 @@ def _train(composed: DictConfig) -> float | None:
         _fail(error, 2)
 
 
-def _train_job(config: TrainConfig, overrides: Sequence[str]) -> float:
+def _train_job(config: TrainConfig, overrides: Sequence[str]) -> float | None:
     with open_run(config, overrides) as opened:
         run, result = opened.directory, launch(opened)
     if result.status == "interrupted":

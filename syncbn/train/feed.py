@@ -1,0 +1,106 @@
+"""The data of a run on one rank: loaded, compared with the other ranks, handed out in batches."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from syncbn.errors import ConfigError
+from syncbn.train.agreement import gathered, together
+from syncbn.train.data import Batch, Samples
+from syncbn.train.data.datasets import load_dataset
+from syncbn.train.data.digest import digest
+from syncbn.train.data.sampling import Loader, held_out_batches, make_loader, share_out
+from syncbn.train.launch.watchdog import Watch
+from syncbn.train.schema import CustomTaskConfig, TrainConfig
+
+_HELD_OUT_BATCH_SIZE = 64
+
+
+class Feed:
+    """This rank's batches of the configured data set.
+
+    Collective: the ranks compare digests of their data.
+
+    Args:
+        config: the job.
+        rank: this rank.
+        world_size: how many there are.
+        pinned: whether batches shall lie in memory from which they are copied to a GPU fast.
+        watch: hears that this rank moves, with each batch.
+
+    Attributes:
+        dataset: the data set.
+        sha256: its digest.
+        share: which training samples this rank has when.
+        training: the batches of the training samples, as `share` says.
+        validation: those of the validation samples; None if there are none.
+
+    Raises:
+        ConfigError: the data cannot be had as configured, or differ between ranks; on every rank.
+    """
+
+    def __init__(
+        self, config: TrainConfig, rank: int, world_size: int, pinned: bool, watch: Watch
+    ) -> None:
+        self._config = config
+        self._place = rank, world_size
+        self._pinned = pinned
+        self._watch = watch
+        self._loaders: list[Loader] = []
+        any_targets = isinstance(config.task, CustomTaskConfig)
+        watch.at(0, "loading data")
+        self.dataset = together(
+            lambda: load_dataset(config.data, config.seed, any_targets=any_targets)
+        )
+        self.sha256 = together(lambda: digest(self.dataset))
+        self._compare()
+        self.share = together(
+            lambda: share_out(config.data, self.dataset.train, rank, world_size, config.seed)
+        )
+        self.training = self._load(self.dataset.train, self.share)
+        held_out = self.dataset.validation
+        self.validation = None if held_out is None else self.held_out(held_out)
+
+    def _compare(self) -> None:
+        every = gathered(self.sha256)
+        others = [rank for rank, each in enumerate(every) if each != every[0]]
+        if others:
+            raise ConfigError(
+                f"the data of the ranks {others} are others than those of rank 0: their files "
+                "differ, or data.factory draws from generators of its own; let all ranks read the "
+                "same files, and draw from generators that are seeded by a constant"
+            )
+
+    def held_out(self, samples: Samples) -> Loader:
+        """Return this rank's batches of samples, of which each is in one batch of one rank."""
+        return self._load(
+            samples, held_out_batches(len(samples), _HELD_OUT_BATCH_SIZE, *self._place)
+        )
+
+    def once_more(self) -> Loader:
+        """Return the batches of the training samples of the first epoch, from new workers."""
+        self.share.set_position(0)
+        return self._load(self.dataset.train, self.share)
+
+    def _load(self, samples: Samples, batches: Iterable[Any]) -> Loader:
+        loader = make_loader(samples, batches, self._config.data.workers, self._pinned)
+        self._loaders.append(loader)
+        return loader
+
+    def watched(self, batches: Iterable[Batch], step: int, doing: str) -> Iterator[Batch]:
+        """Yield batches, and note with each that this rank moves."""
+        for batch in batches:
+            self._watch.at(step, doing)
+            yield batch
+        self._watch.at(step, "waiting for the other ranks")
+
+    def until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, at least one, until this rank is told to stop."""
+        for batch in batches:
+            yield batch
+            if self._watch.stop_signal:
+                return
+
+    def close(self) -> None:
+        """End the processes that fetch samples."""
+        for loader in self._loaders:
+            loader.close()
