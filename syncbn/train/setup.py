@@ -219,7 +219,8 @@ def describe_architecture(config: TrainConfig, task: Task) -> Architecture:
             arguments = dataclasses.asdict(config.model)
             name = arguments.pop("name")
             # A bundle has weights of its own, and must not depend on where these came from.
-            del arguments["weights"], arguments["weights_strict"]
+            for key in ("weights", "weights_into", "weights_strict"):
+                del arguments[key]
     arguments |= task.model_arguments()
     if isinstance(config.norm, LocalNormConfig):  # synchronized too; serving needs no more
         options: dict[str, Any] = {"norm": "batch"}

@@ -1,5 +1,6 @@
 """Starting weights: a state dict from a local file, into a model that begins to learn."""
 
+import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,19 +73,20 @@ def load_weights(model: nn.Module, config: ModelConfig) -> None:
 
     Args:
         model: changed in place; on an error, in part.
-        config: of the model, with weights and weights_strict.
+        config: of the model, with weights, weights_into and weights_strict.
 
     Raises:
-        ConfigError: the file cannot be read, or does not fit: with weights_strict, if any name or
-            shape differs; without, if nothing fits.
+        ConfigError: the file cannot be read, there is no such part, or the file does not fit: with
+            weights_strict, if any name or shape differs; without, if nothing fits.
     """
     if config.weights is None:
         return
     state = read_weights(Path(config.weights).expanduser())
-    own: dict[str, Tensor] = model.state_dict()
+    part = _part(model, config.weights_into)
+    own: dict[str, Tensor] = part.state_dict()
     shapes = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
     fitting = {key: value for key, value in state.items() if key not in shapes}
-    result = model.load_state_dict(fitting, strict=False)
+    result = part.load_state_dict(fitting, strict=False)
     # Files from before torch counted batches lack the counts, which then begin at 0.
     missing = [
         key
@@ -95,7 +97,9 @@ def load_weights(model: nn.Module, config: ModelConfig) -> None:
     if missing:
         problems.append(f"it lacks {shown(missing)}")
     if result.unexpected_keys:
-        problems.append(f"the model has no {shown(list(result.unexpected_keys))}")
+        problems.append(
+            f"{config.weights_into or 'the model'} has no {shown(list(result.unexpected_keys))}"
+        )
     if shapes:
         problems.append(
             "other shapes: "
@@ -110,7 +114,7 @@ def load_weights(model: nn.Module, config: ModelConfig) -> None:
     told = f"model.weights={config.weights}: {'; '.join(problems)}"
     taken = len(fitting) - len(result.unexpected_keys)
     if taken == 0:
-        raise ConfigError(f"{told}; nothing in it fits this model")
+        raise ConfigError(f"{told}; nothing in it fits; a file of a part needs model.weights_into")
     if problems and config.weights_strict:
         raise ConfigError(f"{told}; model.weights_strict=false takes what fits")
     if problems:
@@ -127,6 +131,20 @@ def share_state(model: nn.Module) -> None:
     state: dict[str, Tensor] = model.state_dict()
     for value in state.values():
         dist.broadcast(value, src=0)
+
+
+def _part(model: nn.Module, name: str | None) -> nn.Module:
+    """Return the part of a model that starting weights are for; None: the whole."""
+    try:
+        return model.get_submodule(name or "")
+    except AttributeError as error:
+        known = [each for each, _ in model.named_modules() if each]
+        close = difflib.get_close_matches(str(name), known, n=3)
+        parts = close or [each for each, _ in model.named_children()]
+        raise ConfigError(
+            f"model.weights_into={name}: the model has no such part; did you mean "
+            f"{' or '.join(parts)}?"
+        ) from error
 
 
 def _state_dict(found: Any) -> dict[str, Tensor] | None:

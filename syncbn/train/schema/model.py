@@ -17,6 +17,7 @@ class ModelConfig:
 
     name: str
     weights: Annotated[str, Field(min_length=1)] | None = None
+    weights_into: str | None = None
     weights_strict: bool = True
 
 

@@ -97,6 +97,15 @@ def test_what_fits_is_taken_on_request_and_the_rest_logged(
     assert "it lacks 0.bias; the model has no 3.weight; other shapes: 2.weight" in caplog.text
 
 
+def test_file_of_a_part_is_taken_into_that_part(tmp_path: Path) -> None:
+    source, model = _model(), nn.ModuleDict({"backbone": _model(), "head": nn.Linear(2, 1)})
+    file = str(_saved(tmp_path / "part.pt", source.state_dict()))
+    load_weights(model, CnnConfig(width=4, weights=file, weights_into="backbone"))
+    torch.testing.assert_close(model["backbone"].state_dict(), source.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match=r"into=bakbone: .* no such part; did you mean backbone "):
+        load_weights(model, CnnConfig(width=4, weights=file, weights_into="bakbone"))
+
+
 class _Code:
     def __reduce__(self) -> Any:
         return os.mkdir, ("made-by-a-file-of-weights",)
@@ -110,7 +119,10 @@ class _Code:
         ({"epoch": 3, "arguments": [1]}, "holds no state dict, .* but keys epoch, arguments$"),
         ([torch.ones(1)], "holds no state dict, neither by itself nor under one of state_dict, "),
         ({"0.weight": torch.tensor([torch.nan])}, " has values that are not finite in 0.weight$"),
-        ({"other": torch.ones(1)}, "; nothing in it fits this model$"),
+        (
+            {"other": torch.ones(1)},
+            "; nothing in it fits; a file of a part needs model",
+        ),
     ],
 )
 def test_unusable_file_is_refused_in_any_mode(tmp_path: Path, content: Any, message: str) -> None:
