@@ -190,7 +190,8 @@ def bench_loops(turns: int) -> Rows:
         with tempfile.TemporaryDirectory() as directory:
             run_dir = f"run_dir={directory}/run"
             batches = f"data.batch_size={BATCH_SIZE}"
-            config = compose_config([*asked, *samples, batches, f"epochs={epochs}", run_dir])
+            same = [f"epochs={epochs}", "optim.decay_all=true"]  # as by hand
+            config = compose_config([*asked, *samples, *same, batches, run_dir])
             data = load_dataset(config.data, config.seed)
             keys = [(0, index) for index in range(len(data.train))]
             images, labels = data.train.__getitems__(keys)
