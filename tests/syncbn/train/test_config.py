@@ -54,6 +54,17 @@ def test_every_choice_composes_and_survives_yaml(override: str, schema: type) ->
     assert from_yaml(to_yaml(config)) == config
 
 
+def test_configuration_without_the_newer_keys_means_what_it_meant() -> None:
+    newer = ("freeze", "lr_scale", "decay_all", "weights", "find_unused_parameters")
+    lines = to_yaml(compose_config(["norm.eps=1e-5", "norm.momentum=0.1"])).splitlines()
+    older = [line for line in lines if not line.strip().startswith(newer)]
+    assert len(older) == len(lines) - 7
+    config = from_yaml("\n".join(older))
+    assert config.optim.decay_all
+    assert (config.optim.freeze, config.optim.lr_scale) == ([], {})
+    assert (config.model.weights, config.launch.find_unused_parameters) == (None, False)
+
+
 # What has no default, because only the user knows it.
 NEEDED = {
     "data/folder": ["data.path=somewhere"],

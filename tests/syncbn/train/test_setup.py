@@ -1,5 +1,6 @@
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,41 @@ def _settings(overrides: Sequence[str]) -> set[tuple[float, float | None]]:
     norms = [module for module in model.modules() if hasattr(module, "running_mean")]
     assert norms
     return {(module.eps, module.momentum) for module in norms}  # pyright: ignore[reportReturnType, reportAttributeAccessIssue] -- whatever normalizes has both
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "arguments"),
+    [
+        (["model=cnn", "model.width=4"], "cnn", {"width": 4}),
+        (["model=unet", "model.weights=x.pt"], "unet", {"width": 32, "depth": 4}),
+        (
+            ["model=unet", "model.encoder=timm.resnet18", "model.width=8"],
+            "unet.timm.resnet18",
+            {"width": 8, "depth": 4},
+        ),
+        (
+            ["model=timm", "+model.arguments.drop_rate=0.5", "model.weights=x.pt"],
+            "timm.resnet18",
+            {"drop_rate": 0.5},
+        ),
+        (
+            [
+                *("model=torchvision", "model.architecture=fcn_resnet50"),
+                "+model.arguments.aux_loss=true",
+            ],
+            "torchvision.fcn_resnet50",
+            {"aux_loss": True},
+        ),
+    ],
+)
+def test_architecture_is_the_configured_one_without_the_file_it_starts_from(
+    overrides: list[str], name: str, arguments: dict[str, Any]
+) -> None:
+    architecture = describe_architecture(compose_config(overrides), digits())
+    assert architecture.name == name
+    always = {"in_channels": 1, "num_classes": 10, "norm": "batch"}
+    assert architecture.arguments == arguments | always
+    build_without_memory(architecture.name, architecture.arguments)
 
 
 @pytest.mark.parametrize("norm", ["local", "sync", "whitening"])
