@@ -93,7 +93,7 @@ def decode_image(
         raise ImageError(f"cannot be read as {kind}{why}") from None
 
 
-def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
+def fit_image(image: Image.Image, width: int, height: int, *, is_mask: bool = False) -> Image.Image:
     """Return the middle of an image with the proportions of a size, in that size.
 
     The middle is resized with antialiasing; one that has the size already is not.
@@ -102,6 +102,7 @@ def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
         image: of any size.
         width: in pixels.
         height: in pixels.
+        is_mask: whether pixels are numbers of classes, of which the nearest is taken.
     """
     if image.size == (width, height):
         return image
@@ -113,7 +114,8 @@ def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
     # what is outside would take part in resizing.
     middle = image.transform(part, Image.Transform.EXTENT, box)
     # Of Pillow's filters, the one that torchvision resizes with.
-    return middle.resize((width, height), Image.Resampling.BILINEAR)
+    how = Image.Resampling.NEAREST if is_mask else Image.Resampling.BILINEAR
+    return middle.resize((width, height), how)
 
 
 def image_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.data.sampling import Key, Samples, labels_in_memory
 
 if TYPE_CHECKING:
-    from syncbn.train.data.datasets import Dataset
+    from syncbn.train.data.dataset import Dataset
 
 # What a mask says of a pixel that counts for nothing.
 IGNORED = 255

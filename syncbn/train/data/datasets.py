@@ -1,21 +1,22 @@
-"""Data sets by name: raw samples in three splits, and what a bundle has to say about them."""
+"""Data sets by name, read as configured and checked."""
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from syncbn.bundle import InputSpec, Preprocessing
 from syncbn.errors import ConfigError
 from syncbn.train.data.checks import check_dataset, splits
+from syncbn.train.data.dataset import IMAGENET, Dataset, image_input, standardizing
 from syncbn.train.data.files import listed
 from syncbn.train.data.folders import read_folder
-from syncbn.train.data.images import TensorImages, read_cifar, read_idx
-from syncbn.train.data.sampling import Batch, Samples, labels_in_memory
+from syncbn.train.data.images import TensorImages, load_digits, read_cifar, read_idx
+from syncbn.train.data.sampling import Batch, labels_in_memory
+from syncbn.train.data.segmentation import digit_scenes, masked_files
 from syncbn.train.data.splits import Part, hold_out
 from syncbn.train.generators import seed_alike
 from syncbn.train.schema import (
@@ -23,8 +24,11 @@ from syncbn.train.schema import (
     CustomDataConfig,
     DataConfig,
     FolderConfig,
+    MaskFilesConfig,
     SyntheticConfig,
 )
+
+Moves = Callable[[], None]
 
 FASHION_CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -32,39 +36,12 @@ FASHION_CLASSES = (
 )
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Raw samples with their targets, split into what trains, what selects and what measures.
-
-    Targets are labels, shape (n,), int64, or masks, shape (n, H, W), int64, in which 255 marks
-    pixels that count for nothing. No sample is in two splits.
-
-    Attributes:
-        train: what is random about a sample of it depends on seed, epoch and index alone.
-        test: samples that are looked at once, at the end; None: there are none.
-        classes: the name of each label.
-        input: what one sample looks like.
-        preprocessing: what turns samples into a model's input, from the training data alone.
-        validation: samples by which epochs are compared, not changed at random. None: there are
-            none, until `load_dataset` takes a share of the training samples if it is told to.
-        palette: for masks, the color (red, green, blue; 0 to 255) of each class in pictures.
-    """
-
-    train: Samples
-    test: Samples | None
-    classes: tuple[str, ...]
-    input: InputSpec
-    preprocessing: Preprocessing
-    validation: Samples | None = None
-    palette: tuple[tuple[int, int, int], ...] | None = None
-
-
 def load_dataset(
     config: DataConfig,
     seed: int,
     *,
     any_targets: bool = False,
-    moves: Callable[[], None] = lambda: None,
+    moves: Moves = lambda: None,
 ) -> Dataset:
     """Return the configured data set; reads local files, and never the network.
 
@@ -83,11 +60,11 @@ def load_dataset(
             do not fit each other.
     """
     seed_alike(seed)
-    dataset = DATASETS[config.name](config, seed)
+    dataset = DATASETS[config.name](config, seed, moves)
     match config:
         case CustomDataConfig():
             where = f"data.factory={config.factory}"
-        case AugmentedConfig() | FolderConfig():
+        case AugmentedConfig() | FolderConfig() | MaskFilesConfig():
             where = f"data.path={config.path}"
         case _:
             where = f"data={config.name}"
@@ -100,7 +77,7 @@ def load_dataset(
     return dataset
 
 
-def _without_damaged(dataset: Dataset, where: str, moves: Callable[[], None]) -> Dataset:
+def _without_damaged(dataset: Dataset, where: str, moves: Moves) -> Dataset:
     """Return a data set of files without those that cannot be read."""
     kept: dict[str, Any] = {}
     for name, samples in splits(dataset).items():
@@ -127,24 +104,15 @@ def digits(validation: float = 0.0, seed: int = 0) -> Dataset:
         validation: the share of the 1437 that validates instead; 0: none.
         seed: decides which of them.
     """
-    # They take a second, and other data sets need neither.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    split = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
-    train_x, test_x = (
-        torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in split[:2]
-    )
-    train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
-    train, held_out = hold_out(TensorImages(train_x, train_y), validation, seed)
+    images, test = load_digits()
+    train, held_out = hold_out(images, validation, seed)
     scale = 1 / 16
-    seen = train_x if not isinstance(train, Part) else train_x[train.indices]
+    seen = images.samples[train.indices] if isinstance(train, Part) else images.samples
     return Dataset(
         train=train,
-        test=TensorImages(test_x, test_y),
+        test=test,
         classes=tuple(str(digit) for digit in range(10)),
-        input=_input(train_x),
+        input=image_input(images.samples),
         preprocessing=Preprocessing(
             scale=scale,
             mean=(seen.mul(scale).mean().item(),),
@@ -154,18 +122,18 @@ def digits(validation: float = 0.0, seed: int = 0) -> Dataset:
     )
 
 
-def _digits(config: DataConfig, seed: int) -> Dataset:
+def _digits(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     return digits(config.validation, seed)
 
 
-def _cifar10(config: DataConfig, seed: int) -> Dataset:
+def _cifar10(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     """Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009)."""
     assert isinstance(config, AugmentedConfig)
     train, test, classes = read_cifar(config.path)
     return _of_bytes(config, seed, _augmented(config, seed, train), TensorImages(*test), classes)
 
 
-def _mnist(config: DataConfig, seed: int) -> Dataset:
+def _mnist(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     """Source: LeCun, Bottou, Bengio and Haffner, "Gradient-Based Learning …" (1998)."""
     assert isinstance(config, AugmentedConfig)
     how = (
@@ -177,7 +145,7 @@ def _mnist(config: DataConfig, seed: int) -> Dataset:
     return _of_bytes(config, seed, _augmented(config, seed, train), TensorImages(*test), classes)
 
 
-def _fashion_mnist(config: DataConfig, seed: int) -> Dataset:
+def _fashion_mnist(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     """Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST" (2017)."""
     assert isinstance(config, AugmentedConfig)
     how = (
@@ -190,7 +158,7 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Dataset:
     )
 
 
-def _folder(config: DataConfig, seed: int) -> Dataset:
+def _folder(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     assert isinstance(config, FolderConfig)
     found, classes = read_folder(config, seed)
     return Dataset(
@@ -199,14 +167,11 @@ def _folder(config: DataConfig, seed: int) -> Dataset:
         validation=found.get("val"),
         classes=classes,
         input=InputSpec(name="image", shape=(3, config.size, config.size), dtype="float32"),
-        # ImageNet's, as for torchvision's own classifiers: reading all images first takes long.
-        preprocessing=Preprocessing(
-            scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-        ),
+        preprocessing=IMAGENET,
     )
 
 
-def _synthetic(config: DataConfig, seed: int) -> Dataset:
+def _synthetic(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     """Return noise over one pattern a class."""
     assert isinstance(config, SyntheticConfig)
     chance = np.random.default_rng(0)
@@ -225,7 +190,7 @@ def _synthetic(config: DataConfig, seed: int) -> Dataset:
     return _of_bytes(config, seed, train, test, classes)
 
 
-def _custom(config: DataConfig, seed: int) -> Dataset:
+def _custom(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     assert isinstance(config, CustomDataConfig)
     module, _, name = config.factory.partition(":")
     try:
@@ -255,13 +220,18 @@ def _custom(config: DataConfig, seed: int) -> Dataset:
     return dataset
 
 
-DATASETS: Mapping[str, Callable[[DataConfig, int], Dataset]] = {
+DATASETS: Mapping[str, Callable[[DataConfig, int, Moves], Dataset]] = {
     "digits": _digits,
     "cifar10": _cifar10,
     "mnist": _mnist,
     "fashion_mnist": _fashion_mnist,
     "folder": _folder,
     "synthetic": _synthetic,
+    "digit_scenes": digit_scenes,
+    "masks": masked_files,
+    "voc": masked_files,
+    "cityscapes": masked_files,
+    "pets": masked_files,
     "custom": _custom,
 }
 
@@ -276,8 +246,8 @@ def _of_bytes(
         train=trained,
         test=test,
         classes=classes,
-        input=_input(images),
-        preprocessing=_standardizing(
+        input=image_input(images),
+        preprocessing=standardizing(
             images, trained.indices if isinstance(trained, Part) else slice(None)
         ),
         validation=validation,
@@ -286,22 +256,3 @@ def _of_bytes(
 
 def _augmented(config: AugmentedConfig, seed: int, images: Batch) -> TensorImages:
     return TensorImages(*images, seed, config.crop_padding, config.flip)
-
-
-def _input(samples: Tensor) -> InputSpec:
-    return InputSpec(name="image", shape=tuple(samples.shape[1:]), dtype="float32")
-
-
-def _standardizing(images: Tensor, which: Tensor | slice) -> Preprocessing:
-    """Return what gives each channel of some uint8 images mean 0 and deviation 1; by histograms."""
-    means: list[float] = []
-    deviations: list[float] = []
-    for channel in images.unbind(1):
-        counts = torch.bincount(channel[which].flatten(), minlength=256).double()
-        values = torch.arange(256, dtype=torch.float64) / 255
-        mean = (counts @ values / counts.sum()).item()
-        means.append(mean)
-        deviations.append((counts @ (values - mean) ** 2 / counts.sum()).sqrt().item())
-    return Preprocessing(
-        scale=1 / 255, mean=tuple(means), std=tuple(max(each, 1e-6) for each in deviations)
-    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from syncbn.train.data.checks import splits
-from syncbn.train.data.datasets import Dataset
+from syncbn.train.data.dataset import Dataset
 from syncbn.train.data.sampling import Samples, labels_in_memory
 from syncbn.train.generators import generator_states, restore_generators, seed_alike
 

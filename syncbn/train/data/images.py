@@ -83,6 +83,21 @@ class TensorImages:
         return TensorImages(self.samples, self.labels)
 
 
+def load_digits() -> tuple[TensorImages, TensorImages]:
+    """Return scikit-learn's digits for training and test, 1×8×8, from 0 to 16, float32."""
+    # They take a second, and other data sets need neither.
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    split = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
+    train_x, test_x = (
+        torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in split[:2]
+    )
+    train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
+    return TensorImages(train_x, train_y), TensorImages(test_x, test_y)
+
+
 def read_cifar(path: str) -> tuple[Batch, Batch, tuple[str, ...]]:
     """Return the images and labels of CIFAR-10 for training and test, and the classes' names.
 
@@ -145,15 +160,16 @@ def read_idx(path: str, how: str) -> tuple[Batch, Batch]:
     return splits[0], splits[1]
 
 
-def random_words(seed: int, keys: list[Key]) -> _Array:
-    """Return three random numbers for each key, shape (n, 3), uint64.
+def random_words(seed: int, keys: list[Key], count: int = 3) -> _Array:
+    """Return `count` random numbers for each key, shape (n, count), uint64.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (2014), the
-    mixing function of SplitMix64, here of seed, epoch, index and which of the three.
+    mixing function of SplitMix64, here of seed, epoch, index and which of the numbers.
     """
     with np.errstate(over="ignore"):  # arithmetic is meant modulo 2**64
-        mixed = _mix(np.full((len(keys), 3), seed % 2**64, dtype=np.uint64))
-        for part in (*np.array(keys, dtype=np.uint64).T[:, :, None], np.arange(3, dtype=np.uint64)):
+        mixed = _mix(np.full((len(keys), count), seed % 2**64, dtype=np.uint64))
+        which = np.arange(count, dtype=np.uint64)
+        for part in (*np.array(keys, dtype=np.uint64).reshape(-1, 2).T[:, :, None], which):
             mixed = _mix(mixed + part + np.uint64(0x9E3779B97F4A7C15))
     return mixed
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from syncbn.train.schema.types import BelowOne, Factory, Share
+from syncbn.train.schema.types import BelowOne, Factory, Scale, Share
 
 
 class Shares(Enum):
@@ -77,6 +77,63 @@ class FolderConfig(DataConfig):
     flip: bool
     crop_scale_min: Share
     skip_damaged: bool = False
+
+
+@dataclass(kw_only=True)
+class MaskedConfig(DataConfig):
+    """Images with masks, which training sees scaled, cropped and mirrored together."""
+
+    flip: bool
+    scale_min: Scale
+    scale_max: Scale
+
+
+@dataclass(kw_only=True)
+class MaskFilesConfig(MaskedConfig):
+    """Images with masks in files, which are brought to one size."""
+
+    path: str
+    height: PositiveInt
+    width: PositiveInt
+    skip_damaged: bool
+
+
+@dataclass(kw_only=True)
+class MasksConfig(MaskFilesConfig):
+    """conf/data/masks.yaml."""
+
+    name: str = "masks"
+
+
+@dataclass(kw_only=True)
+class VocConfig(MaskFilesConfig):
+    """conf/data/voc.yaml."""
+
+    name: str = "voc"
+
+
+@dataclass(kw_only=True)
+class CityscapesConfig(MaskFilesConfig):
+    """conf/data/cityscapes.yaml."""
+
+    name: str = "cityscapes"
+
+
+@dataclass(kw_only=True)
+class PetsConfig(MaskFilesConfig):
+    """conf/data/pets.yaml."""
+
+    name: str = "pets"
+
+
+@dataclass(kw_only=True)
+class DigitScenesConfig(MaskedConfig):
+    """conf/data/digit_scenes.yaml."""
+
+    name: str = "digit_scenes"
+    samples: PositiveInt
+    test_samples: PositiveInt
+    size: PositiveInt
 
 
 @dataclass(kw_only=True)

@@ -6,4 +6,5 @@ from pydantic import Field
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(ge=0.01, le=100)]
 Factory = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]

@@ -68,6 +68,7 @@ def test_configuration_without_the_newer_keys_means_what_it_meant() -> None:
 # What has no default, because only the user knows it.
 NEEDED = {
     "data/folder": ["data.path=somewhere"],
+    "data/masks": ["data.path=x"],
     "data/custom": ["data.factory=package.module:function"],
     "model/custom": ["model.factory=package.module:function"],
 }
