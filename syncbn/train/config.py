@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -65,10 +67,35 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="syncbn-train"):
             composed = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
+        for override in overrides:
+            if quoted := _quoted(override):
+                raise ConfigError(
+                    f"{override}: some of these characters mean something to Hydra, which reads "
+                    f"the command line; quote the value for it, and all for the shell: {quoted}"
+                ) from error
         raise explain(error) from error
     finally:
         GlobalHydra.instance().hydra = around
     return to_config(composed)
+
+
+def _quoted(override: str) -> str | None:
+    """Return what to type for an override that only quoting makes readable, or None."""
+    parser = OverridesParser.create()
+    try:
+        if not parser.parse_override(override).is_sweep_override():
+            return None
+    except HydraException:
+        pass
+    key, _, value = override.partition("=")
+    escaped = value.replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        # What begins like a list or is quoted already is meant for the parser.
+        is_text = value[:1] not in ("", "[", "{", "'", '"')
+        return shlex.quote(quoted) if is_text and parser.parse_override(quoted).value() else None
+    except HydraException:
+        return None
 
 
 def to_config(composed: DictConfig) -> TrainConfig:

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from syncbn.train.schema import (
     AdamWConfig,
     LocalNormConfig,
     MlpConfig,
+    MnistConfig,
     NoNormConfig,
     NoTrackConfig,
     PenaltyNormConfig,
@@ -120,6 +122,26 @@ def test_every_file_in_conf_has_a_schema() -> None:
 def test_wrong_choice_is_refused_with_what_is_valid(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config(overrides)
+
+
+@pytest.mark.parametrize("path", ["/a b", "/my photos/2024 05/x y"])
+def test_a_path_with_a_space_is_taken(path: str) -> None:
+    assert (
+        compose_config(["data=mnist", f"data.path={path}"]).data
+        == compose_config(["data=mnist", f'data.path="{path}"']).data
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["/a b (1)", "/it's here", "/é b", "/a,b", "/a=b", "/a#b", "/a[1]", '/a "b", c']
+)
+def test_a_path_that_hydra_cannot_read_is_answered_with_how_to_quote_it(path: str) -> None:
+    with pytest.raises(ConfigError, match="mean something to Hydra") as caught:
+        compose_config(["data=mnist", f"data.path={path}"])
+    (typed,) = shlex.split(str(caught.value).partition("for the shell: ")[2])
+    config = compose_config(["data=mnist", typed]).data
+    assert isinstance(config, MnistConfig)
+    assert config.path == path
 
 
 def test_names_come_from_the_installed_torch_torchvision_and_timm() -> None:
