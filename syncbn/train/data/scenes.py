@@ -11,7 +11,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 CLASSES = ("background", *(str(digit) for digit in range(10)))
 # Of 16, from which on a pixel of a digit belongs to it.
-_INK = 5
+_INK = 4
 
 
 def draw_scenes(
@@ -58,7 +58,7 @@ def _place(
     from PIL import Image
 
     size = len(scene)
-    side = min(size, int(chance.integers(12, 18)))
+    side = min(size, int(chance.integers(13, 19)))
     large = np.asarray(Image.fromarray(ink).resize((side, side), Image.Resampling.BICUBIC))
     color = chance.integers(140, 256, 3)
     for _ in range(10):
