@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from syncbn.errors import ConfigError
+from syncbn.train.config import compose_config, config_dir, from_yaml, to_yaml
 from syncbn.train.data.datasets import Dataset, load_dataset
 from syncbn.train.data.images import TensorImages
 from syncbn.train.data.sampling import Key, Samples
 from syncbn.train.data.splits import Part, hold_out
-from syncbn.train.schema import DigitsConfig, FolderConfig, SyntheticConfig
+from syncbn.train.schema import DigitsConfig, FolderConfig, SyntheticConfig, schemas
 from tests.syncbn.train.data.test_images import fetch_all, random_bytes
 from tests.syncbn.train.data.test_sampling import Numbered
 
@@ -187,3 +188,19 @@ def test_a_share_keeps_the_labels_by_which_ranks_share(tmp_path: Path) -> None:
     assert isinstance(train, Part)
     assert train.labels is not None
     assert torch.equal(train.labels, train.__getitems__(keys)[1])
+
+
+def test_configurations_of_older_runs_have_no_validation_share() -> None:
+    new = ("validation", "drop_last", "balanced", "skip_damaged")
+    text = to_yaml(compose_config(["data=folder", "data.path=x"]))
+    lines = [line for line in text.splitlines() if line.strip().partition(":")[0] not in new]
+    assert len(text.splitlines()) - len(lines) == len(new)
+    data = from_yaml("\n".join(lines)).data
+    assert isinstance(data, FolderConfig)
+    assert (data.validation, data.drop_last, data.balanced, data.skip_damaged) == (0, 0, 0, 0)
+
+
+def test_a_tenth_validates_by_default_in_every_data_set() -> None:
+    for name in schemas("data"):
+        with (config_dir() / "data" / f"{name}.yaml").open() as file:
+            assert "\nvalidation: 0.1\n" in file.read()
