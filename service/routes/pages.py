@@ -46,6 +46,8 @@ _STATIC = {
     for file in (
         _own / "page.css",
         _own / "page.js",
+        _own / "answers.js",
+        _own / "elements.js",
         _own / "docs.css",
         _own / "docs.js",
         _own / "icon.svg",

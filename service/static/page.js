@@ -1,9 +1,11 @@
 // The page at /: models, predictions of images dropped on it, and drift.
 // What comes from the service or from a file's name is only ever shown as text, never as markup.
 
+import { classes, segments, segmentsInWords, values } from "./answers.js";
+import { evaluation, make, metric, percent, say, words } from "./elements.js";
+
 const REFRESH_MS = 10_000;
 const AT_ONCE = 4; // requests: a browser has about six connections, and the lists need one
-const SHOWN_CLASSES = 5;
 const SHOWN_LAYERS = 3;
 const KEPT_RESULTS = 50;
 const DRIFTED = 1; // the distance from which the page says so
@@ -12,30 +14,7 @@ const KEY = "syncbn-api-key";
 
 const byId = (id) => document.getElementById(id);
 
-/** An element with attributes and children; strings become text. */
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  element.append(...children);
-  return element;
-}
-
-const words = (name) => name.replaceAll("_", " ");
-const percent = (share) =>
-  share > 0 && share < 0.0005 ? "<0.1%" : `${(100 * share).toFixed(1)}%`;
 const duration = (ms) => (ms < 1000 ? `${Math.max(1, Math.round(ms))} ms` : `${(ms / 1000).toFixed(1)} s`);
-
-function metric(name, value) {
-  if (typeof value !== "number") return String(value);
-  return /accuracy/i.test(name) && value >= 0 && value <= 1
-    ? percent(value)
-    : String(Number(value.toPrecision(4)));
-}
-
-/** Sets a text only where it differs: a screen reader reads out whatever is set. */
-function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
 
 // Requests
 
@@ -105,6 +84,7 @@ function showProblem(error) {
 
 let chosen = null;
 let listed = "";
+const parametersOf = new Map(); // by model
 
 function showModels(models) {
   if (!models.some((model) => model.name === chosen)) choose(models[0]?.name ?? null);
@@ -114,6 +94,7 @@ function showModels(models) {
       ? ""
       : "No model is loaded yet. One that is published into the models directory appears here by itself.",
   );
+  for (const { name, parameters } of models) parametersOf.set(name, parameters ?? {});
   const list = JSON.stringify(models);
   if (list === listed) return; // and neither focus nor scroll position is lost
   listed = list;
@@ -123,31 +104,43 @@ function showModels(models) {
 }
 
 function modelChoice(model, index) {
-  const ids = { name: `model-${index}`, facts: `model-${index}-facts` };
+  const ids = {
+    name: `model-${index}`,
+    facts: `model-${index}-facts`,
+    quality: `model-${index}-quality`,
+  };
   const input = make("input", {
     type: "radio",
     name: "model",
     "aria-labelledby": ids.name,
-    "aria-describedby": ids.facts,
+    "aria-describedby": `${ids.facts} ${ids.quality}`,
   });
   input.checked = model.name === chosen;
   input.addEventListener("change", () => choose(model.name));
   const facts = make("dl", { id: ids.facts });
   const add = (term, value) =>
     facts.append(make("div", {}, make("dt", {}, term), make("dd", {}, value)));
-  const { architecture, classes, metrics } = model.parameters ?? {};
+  const { architecture, classes: names, metrics, task, evaluations } = model.parameters ?? {};
   const versions = model.versions ?? [];
   if (versions.length > 0) add(versions.length === 1 ? "version" : "versions", versions.join(", "));
   for (const { shape } of model.inputs ?? []) add("input", shape.slice(1).join(" × "));
   if (architecture) add("architecture", architecture);
-  if (classes) add("classes", String(classes.length));
-  for (const [name, value] of Object.entries(metrics ?? {})) add(words(name), metric(name, value));
+  if (task) add("task", task);
+  if (names?.length) add("classes", String(names.length));
+  const quality = make("ul", { id: ids.quality, class: "quality" });
+  if (evaluations?.length) {
+    const unit = model.inputs?.[0]?.shape.length === 4 ? "images" : "samples";
+    quality.append(...evaluations.map((each) => make("li", {}, evaluation(each, unit))));
+  } else {
+    for (const [name, value] of Object.entries(metrics ?? {})) add(words(name), metric(name, value));
+  }
   return make(
     "label",
     { class: "model" },
     input,
     make("span", { class: "name", id: ids.name }, model.name),
     facts,
+    quality,
   );
 }
 
@@ -208,12 +201,13 @@ function predict(files) {
     const body = make("p", { class: "hint" }, "waiting …");
     const small = make("small");
     const text = make("div", {}, make("h3", {}, `${file.name} `, small), body);
+    const frame = thumbnail(file);
     if (chosen === null) {
       body.replaceWith(failure(file, "there is no model to ask yet"));
     } else {
-      waiting.push({ file, model: chosen, body, small });
+      waiting.push({ file, model: chosen, body, small, frame });
     }
-    return make("li", { class: "result" }, thumbnail(file), text);
+    return make("li", { class: "result" }, frame, text);
   });
   byId("results").prepend(...results);
   while (byId("results").children.length > KEPT_RESULTS) byId("results").lastChild.remove();
@@ -223,22 +217,32 @@ function predict(files) {
 async function work() {
   if (underWay >= AT_ONCE || waiting.length === 0) return;
   underWay += 1;
-  const { file, model, body, small } = waiting.shift();
+  const { file, model, body, small, frame } = waiting.shift();
   work(); // the next, beside this one
   try {
     await readable(file);
     const form = new FormData();
     form.append("files", file);
     const start = performance.now();
-    const answer = await fetchJson(`predict/${encodeURIComponent(model)}`, {
+    const { task, palette } = parametersOf.get(model) ?? {};
+    const query = task === "segmentation" ? "?mask=png" : "";
+    const answer = await fetchJson(`predict/${encodeURIComponent(model)}${query}`, {
       method: "POST",
       body: form,
     });
     const took = duration(performance.now() - start);
     const [prediction] = answer.predictions;
     say(small, `${answer.model_name}, version ${answer.model_version}, ${took}`);
-    body.replaceWith(classes(prediction));
-    announce(`${file.name}: ${prediction.label}, ${percent(prediction.probability)}`);
+    if (prediction.shares) {
+      body.replaceWith(segments(prediction, palette, frame, file.name));
+      announce(`${file.name}: ${segmentsInWords(prediction)}`);
+    } else if (prediction.output) {
+      body.replaceWith(values(prediction));
+      announce(`${file.name}: answered`);
+    } else {
+      body.replaceWith(classes(prediction));
+      announce(`${file.name}: ${prediction.label}, ${percent(prediction.probability)}`);
+    }
   } catch (error) {
     say(small, model);
     body.replaceWith(failure(file, error.message));
@@ -271,24 +275,6 @@ function thumbnail(file) {
   });
   image.src = url;
   return frame;
-}
-
-function classes({ label, probabilities }) {
-  const best = Object.entries(probabilities)
-    .sort(([a, p], [b, q]) => q - p || Number(b === label) - Number(a === label))
-    .slice(0, SHOWN_CLASSES);
-  const rows = best.map(([name, share]) => {
-    const filled = make("span");
-    filled.style.setProperty("--share", String(share));
-    return make(
-      "li",
-      {},
-      make("span", { class: "class", title: name }, name),
-      make("span", { class: "bar", "aria-hidden": "true" }, filled),
-      make("span", { class: "share" }, percent(share)),
-    );
-  });
-  return make("ol", { class: "classes" }, ...rows);
 }
 
 function failure(file, message) {

@@ -20,8 +20,10 @@ from tests.support.serving import Service, served
 
 PAGES = ["/", "/docs"]
 STATIC = {
+    "answers.js": "text/javascript; charset=utf-8",
     "docs.css": "text/css; charset=utf-8",
     "docs.js": "text/javascript; charset=utf-8",
+    "elements.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
