@@ -1,5 +1,7 @@
 """Descriptions of small models, for bundles."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from syncbn.bundle import Architecture, Description, InputSpec, Preprocessing
@@ -19,3 +21,11 @@ def describe(**changes: Any) -> Description:
         "config_sha256": "0" * 64,
     }
     return Description(**values | changes)
+
+
+def edit_manifest(bundle: Path, **changes: Any) -> None:
+    """Set keys of a bundle's manifest; None removes one."""
+    file = bundle / "bundle.json"
+    manifest = json.loads(file.read_text()) | changes
+    kept = {key: value for key, value in manifest.items() if value is not None}
+    file.write_text(json.dumps(kept))

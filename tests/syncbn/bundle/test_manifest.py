@@ -19,7 +19,7 @@ from syncbn.bundle import (
 )
 from syncbn.errors import BundleError
 from syncbn.models import build_model
-from tests.support.describe import ARGUMENTS, describe
+from tests.support.describe import ARGUMENTS, describe, edit_manifest
 from tests.support.networks import MASKED
 
 VERSION_1 = Path(__file__).parents[2] / "support" / "bundles" / "version_1"
@@ -62,14 +62,6 @@ def test_version_2_is_written_with_task_and_evaluations(tmp_path: Path) -> None:
     assert read_bundle(tmp_path / "bundle").manifest.evaluations == (EVALUATION,)
 
 
-def _edit(path: Path, **changes: Any) -> None:
-    """Set keys of a bundle's manifest; None removes one."""
-    file = path / "bundle.json"
-    manifest = json.loads(file.read_text()) | changes
-    kept = {key: value for key, value in manifest.items() if value is not None}
-    file.write_text(json.dumps(kept))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -90,7 +82,7 @@ def test_manifest_that_breaks_a_rule_of_version_2_is_refused(
 ) -> None:
     path = tmp_path / "bundle"
     write_bundle(path, describe(), build_model("cnn", ARGUMENTS))
-    _edit(path, **changes)
+    edit_manifest(path, **changes)
     with pytest.raises(BundleError, match=message):
         read_bundle(path)
 
