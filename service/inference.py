@@ -160,8 +160,12 @@ class DataPlane:
                 raise InvalidRequestError(
                     f"{len(files)} image files in one request; send 1 to {self._max_request_rows}"
                 )
-            if model.manifest.task == "tensor":
-                self._answer_bytes(model.outputs, tensors.InferenceRequest([]), len(files))
+            task = model.manifest.task
+            if task == "tensor" or (task == "segmentation" and with_mask):
+                # The file of a mask is hardly larger than the mask in binary.
+                parameters = {"binary_data_output": task == "segmentation"}
+                request = tensors.InferenceRequest([], parameters=parameters)
+                self._answer_bytes(model.outputs, request, len(files))
             predictions: list[Any] = []
             for first in range(0, len(files), model.max_rows):
                 part = files[first : first + model.max_rows]

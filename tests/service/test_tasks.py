@@ -210,6 +210,18 @@ def test_answer_that_would_be_too_large_is_refused_before_it_is_computed(
         )
 
 
+def test_masks_and_tensors_of_too_many_images_are_refused(tasks: Path) -> None:
+    settings = _settings(tasks, max_answer_bytes=3 * 48)
+    files = [("files", (f"{at}.png", _picture())) for at in range(4)]
+    with TestClient(create_app(settings)) as client:
+        assert client.post("/predict/segments", files=files).status_code == 200
+        assert client.post("/predict/segments?mask=png", files=files[:3]).status_code == 200
+        for path in ("/predict/segments?mask=png", "/predict/vectors"):
+            refused = client.post(path, files=files)
+            assert refused.status_code == 400
+            assert "the answer to 4 samples would have about" in refused.json()["error"]
+
+
 # Images
 
 
