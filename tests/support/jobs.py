@@ -6,8 +6,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,12 @@ class _Quiet:
 
     def at(self, step: int, doing: str) -> None:
         pass
+
+    def moving(self, parts: Iterable[Any], step: int, doing: str) -> Iterator[Any]:
+        return iter(parts)
+
+    def working(self, step: int, doing: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def quiet_watch() -> Any:

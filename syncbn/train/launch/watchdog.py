@@ -9,23 +9,38 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from torch.distributed import (
     Store,  # pyright: ignore[reportPrivateImportUsage] -- documented
 )
 
+from syncbn.errors import SyncBNError, TrainingError
+
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BEAT_S = 1.0
 _ANSWER_S = 3 * _BEAT_S
 _STORE_TIMEOUT = timedelta(seconds=5)
 # How long asking who is missing may take: twice _ANSWER_S, and a store that is slow.
 _BLAME_S = 2 * _ANSWER_S + _STORE_TIMEOUT.total_seconds()
+# How often a rank asks whether the others have finished what takes long.
+_POLL_S = 0.05
+
+
+class _Place(NamedTuple):
+    """Where a rank is: the step, what it does, since when, and how long that may take."""
+
+    step: int
+    doing: str
+    since: float
+    limit_s: float
 
 
 class Watch:
@@ -35,9 +50,16 @@ class Watch:
     the kernel gives the connection up, which takes a quarter of an hour (torch 2.14's time-outs
     are for keys that do not come, and not for answers that do not).
 
-    It ends the process where a signal to stop is not followed within `stop_timeout_s`, where the
-    rank has not moved for twice `timeout_s` (the others' waits end after one), or where the process
-    that started it is gone and it did not stop.
+    It ends the process if a signal to stop is not followed within `stop_timeout_s`, if the rank has
+    not moved for twice `timeout_s` (the others' waits end after one), or if the process that
+    started it is gone and it did not stop.
+
+    Long work says that it moves, from the thread that does it, and never from another, which would
+    go on while the work hangs:
+
+    - what consists of parts, with `moving`: each part may take as long as a step;
+    - what does not, as reading a large file in one call, with `working`: all of it may take
+      `load_timeout_s`, and the other ranks wait as long.
 
     Communicates: one small value to the store each second.
 
@@ -47,10 +69,17 @@ class Watch:
         world_size: how many there are.
         timeout_s: how long ranks wait for each other.
         stop_timeout_s: how long stopping may take.
+        load_timeout_s: how long work without parts may take.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, timeout_s: float, stop_timeout_s: float
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        stop_timeout_s: float,
+        load_timeout_s: float = 1800,
     ) -> None:
         self.stop_signal = 0
         self._store = store
@@ -58,10 +87,12 @@ class Watch:
         self._world_size = world_size
         self._timeout_s = timeout_s
         self._stop_timeout_s = stop_timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._works = 0
         self._parent = os.getppid()
         self._told_at = 0.0
         self._beats = 0
-        self._place: tuple[int, str, float] = (0, "starting", time.monotonic())
+        self._place = _Place(0, "starting", time.monotonic(), 2 * timeout_s)
         self._ended = threading.Event()
         self._answered_at = time.monotonic()  # the store, to this rank
         self._asked = threading.Event()
@@ -96,7 +127,64 @@ class Watch:
 
     def at(self, step: int, doing: str) -> None:
         """Note that this rank moves: which step, and what it does now."""
-        self._place = (step, doing, time.monotonic())
+        self._place = _Place(step, doing, time.monotonic(), 2 * self._timeout_s)
+
+    def moving(self, parts: Iterable[T], step: int, doing: str) -> Iterator[T]:
+        """Yield the parts of long work, and note with each that this rank moves.
+
+        Args:
+            parts: what is worked on; each may take as long as a step, to get and to work on.
+            step: where the rank is.
+            doing: what it does, such as "evaluating".
+        """
+        self.at(step, doing)
+        for part in parts:
+            self.at(step, doing)
+            yield part
+            self.at(step, doing)
+        self.at(step, "waiting for the other ranks")
+
+    @contextmanager
+    def working(self, step: int, doing: str) -> Generator[None]:
+        """Do long work that has no parts, and end it together with the other ranks.
+
+        It may take `load_timeout_s`. The ranks wait for each other at its end, through the store,
+        as their waits in the process group would end after `timeout_s`. So all ranks enter it.
+
+        Args:
+            step: where the rank is.
+            doing: what it does, such as "loading data".
+
+        Raises:
+            TrainingError: another rank did not come to the end in time.
+        """
+        self._works += 1
+        done = f"done/{self._works}"
+        self._place = _Place(step, doing, time.monotonic(), self._load_timeout_s)
+        try:
+            yield
+        except SyncBNError:  # of which the ranks tell each other next
+            self._meet(done, step, doing)
+            raise
+        except BaseException:
+            self._store.set(f"{done}/{self._rank}", "")  # the others shall find out, and not wait
+            raise
+        self._meet(done, step, doing)
+
+    def _meet(self, done: str, step: int, doing: str) -> None:
+        """Return when all ranks have finished what they do."""
+        self._store.set(f"{done}/{self._rank}", "")
+        deadline = time.monotonic() + self._load_timeout_s
+        missing = list(range(self._world_size))
+        while missing := [r for r in missing if not self._store.check([f"{done}/{r}"])]:
+            self.at(step, f"waiting for ranks that are {doing}")
+            if time.monotonic() > deadline:
+                raise TrainingError(
+                    f"ranks {missing} are still {doing}, {self._load_timeout_s:g} s after rank "
+                    f"{self._rank} has finished; give them a longer launch.load_timeout_s"
+                )
+            time.sleep(_POLL_S)
+        self.at(step, f"done with {doing}")
 
     def blame(self) -> str:
         """Return which ranks others wait for in vain, after one of their waits has ended.
@@ -111,7 +199,7 @@ class Watch:
         asking.start()
         begun = time.monotonic()
         while not found and asking.is_alive() and time.monotonic() < begun + _BLAME_S:
-            self.at(self._place[0], "asking who is missing")  # which may outlast a short time-out
+            self.at(self._place.step, "asking who is missing")  # which may outlast a short time-out
             asking.join(0.05)
             silent_s = time.monotonic() - self._answered_at
             # Two beats later, as this process may itself have been what stood still.
@@ -164,7 +252,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            step, doing, since = self._place
+            step, doing, since, limit_s = self._place
             still_s = time.monotonic() - since
             if self._asked.is_set():
                 log.error("rank %d hangs, %s at step %d, and is ended", self._rank, doing, step)
@@ -182,7 +270,7 @@ class Watch:
                     step,
                 )
                 self._leave(128 + self.stop_signal)
-            if still_s > 2 * self._timeout_s:
+            if still_s > limit_s:
                 log.error(
                     "rank %d hangs: %s for %.0f s at step %d", self._rank, doing, still_s, step
                 )
@@ -192,7 +280,7 @@ class Watch:
     def _tell(self) -> None:
         """Tell the store each second where this rank is, and hear whether others ask for it."""
         while not self._ended.is_set():
-            step, doing, since = self._place
+            step, doing, since, _ = self._place
             try:
                 self._beats += 1
                 still_s = time.monotonic() - since

@@ -160,7 +160,14 @@ def _work(prepare: Callable[[], Job]) -> int:
     timeout_s = config.launch.timeout_s
     store = prefixed(prefix, shared)
     own = prefixed(f"{prefix}/watch", _connect_again())
-    watch = Watch(own, rank, world_size, timeout_s, config.launch.stop_timeout_s)
+    watch = Watch(
+        own,
+        rank,
+        world_size,
+        timeout_s,
+        config.launch.stop_timeout_s,
+        config.launch.load_timeout_s,
+    )
     watch.start()
     try:
         join_process_group(device, config.launch, store, rank, world_size)

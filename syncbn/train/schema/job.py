@@ -6,8 +6,10 @@ conf/launch, conf/track, and sections of conf/config.yaml.
 from enum import Enum
 from typing import Annotated
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
+
+from syncbn.train.schema.types import Processes, Seconds
 
 
 class Device(Enum):
@@ -58,13 +60,14 @@ class LaunchConfig:
     """Which processes train: see conf/launch."""
 
     name: str = "local"
-    nproc: PositiveInt
-    threads: PositiveInt | None
+    nproc: Processes
+    threads: Processes | None
     device: Device
     ranks_per_gpu: PositiveInt = 1
     max_restarts: NonNegativeInt
-    timeout_s: PositiveFloat
-    stop_timeout_s: PositiveFloat
+    timeout_s: Seconds
+    stop_timeout_s: Seconds
+    load_timeout_s: Seconds = 1800.0
     find_unused_parameters: bool = False
 
 

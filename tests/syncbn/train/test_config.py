@@ -205,6 +205,13 @@ def test_hash_tells_configurations_apart() -> None:
             "launch.device=tpu",
             r"launch.device: Invalid value 'tpu', expected one of \[auto, cpu, c",
         ),
+        (
+            "launch.timeout_s=1e15",
+            r"launch.timeout_s=1000000000000000.0: input should be less than or equal to 604800",
+        ),
+        ("launch.stop_timeout_s=inf", r"launch.stop_timeout_s=inf: input should be less than or"),
+        ("launch.load_timeout_s=0", r"launch.load_timeout_s=0.0: input should be greater than 0"),
+        ("launch.nproc=1000000", r"launch.nproc=1000000: input should be less than or equal to"),
         ("norm.name=batch", r"norm.name=batch: choose one of sync, local, none"),
         ("name=a/b", r"name=a/b: string should match"),
         ("epochs", r"Error parsing override 'epochs'"),
