@@ -351,6 +351,8 @@ def _adds(run: RunDirectory, stored: TrainConfig, config: TrainConfig) -> bool:
         return False
     was_cut = stored.max_steps is not None and stored.max_steps <= steps
     more_epochs = config.epochs > max(epochs, stored.epochs)
+    if config.patience != stored.patience:  # which may have ended it
+        more_epochs = config.epochs > epochs
     return more_epochs or (was_cut and config.max_steps != stored.max_steps)
 
 

@@ -12,6 +12,7 @@ FREE = (
     "name",  # under which the bundle is published from now on
     "epochs",
     "max_steps",
+    "patience",
     "log_every_steps",
     "recalibrate",
     "run_root",
@@ -20,11 +21,13 @@ FREE = (
     "publish",
     "data.workers",
     "data.path",  # files may move
+    "data.skip_damaged",  # errors advise it
     "optim.lr",  # errors advise lower ones
     "optim.clip_norm",  # and this
     "numerics.channels_last",
     "numerics.compile",
     "numerics.deterministic",
+    "numerics.max_skipped_steps",
     "checkpoint",
     "launch",
     "track",
@@ -44,6 +47,8 @@ FIXED: Mapping[str, str] = {
     "data.batch_size": _SAMPLES,
     "data.shares": _SAMPLES,
     "data.validation": _SAMPLES,
+    "data.drop_last": _SAMPLES,
+    "data.balanced": _SAMPLES,
     "data.crop_padding": _IMAGES,
     "data.flip": _IMAGES,
     "data.size": _IMAGES,
@@ -54,6 +59,7 @@ FIXED: Mapping[str, str] = {
     "data.classes": "that would be other data",
     "data.factory": "that would be other data",
     "data.arguments": "that would be other data",
+    "task": "that would be another task",
     "model": _ANOTHER,
     "norm": _ANOTHER,
     "optim.name": _OPTIMIZER,
@@ -62,6 +68,9 @@ FIXED: Mapping[str, str] = {
     "optim.momentum": _OPTIMIZER,
     "optim.weight_decay": _OPTIMIZER,
     "optim.accumulate": _SAMPLES,
+    "optim.freeze": _OPTIMIZER,
+    "optim.lr_scale": _OPTIMIZER,
+    "optim.decay_all": _OPTIMIZER,
     "optim.label_smoothing": "losses before and after could not be compared",
     "optim.ema_decay": _AVERAGE,
     "optim.ema_warmup": _AVERAGE,
@@ -72,9 +81,20 @@ FIXED: Mapping[str, str] = {
 # What it meant, in a run of an earlier version, that its configuration does not have a key. Only
 # for the choices of a group that have the key now.
 BEFORE: Mapping[str, Any] = {
+    "patience": None,
+    "task": {"name": "classification"},
     "data.shares": "mixed",
+    "data.validation": 0.0,
+    "data.drop_last": False,
+    "data.balanced": False,
+    "data.skip_damaged": False,
     "launch.ranks_per_gpu": 1,
+    "launch.load_timeout_s": 1800.0,
     "optim.ema_warmup": False,
+    "optim.freeze": [],
+    "optim.lr_scale": {},
+    "optim.decay_all": True,
+    "numerics.max_skipped_steps": 50,
 }
 
 
