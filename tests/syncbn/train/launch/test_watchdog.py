@@ -32,9 +32,15 @@ def test_asking_who_is_missing_may_take_longer_than_the_time_out() -> None:
     assert time.monotonic() - began < 30
 
 
-def _watch(store: Any, rank: int, world_size: int = 1, **limits: float) -> Watch:
-    limits = {"timeout_s": 0.5, "stop_timeout_s": 30, "load_timeout_s": 30} | limits
-    return Watch(store, rank, world_size, **limits)
+def _watch(store: Any, rank: int, world_size: int = 1, load_timeout_s: float = 30) -> Watch:
+    return Watch(
+        store,
+        rank,
+        world_size,
+        timeout_s=0.5,
+        stop_timeout_s=30,
+        load_timeout_s=load_timeout_s,
+    )
 
 
 def _work_long(kind: str) -> None:
@@ -55,8 +61,8 @@ def _work_long(kind: str) -> None:
 
 
 @contextmanager
-def _watched(store: Any, **limits: float) -> Generator[Watch]:
-    watch = _watch(store, 0, **limits)
+def _watched(store: Any, load_timeout_s: float = 30) -> Generator[Watch]:
+    watch = _watch(store, 0, load_timeout_s=load_timeout_s)
     watch.start()
     yield watch
     watch.end()
