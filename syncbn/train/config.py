@@ -110,8 +110,6 @@ def to_config(composed: DictConfig) -> TrainConfig:
         assert isinstance(values, DictConfig)
         typed = OmegaConf.structured(TrainConfig)
         for group in CHOICES:
-            if group not in values:  # of an earlier version, which knew no such choice
-                continue
             name, known = values[group].name, schemas(group)
             if name not in known:
                 raise ConfigError(f"{group}.name={name}: choose one of {', '.join(known)}")
