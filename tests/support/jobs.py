@@ -33,8 +33,10 @@ class Job:
         overrides: of the configuration, besides small ones.
     """
 
+    small: tuple[str, ...] = SMALL
+
     def __init__(self, run_dir: Path, *overrides: str) -> None:
-        small = SMALL[1:] if "model=custom" in overrides else SMALL
+        small = self.small[1:] if "model=custom" in overrides else self.small
         typed = [*small, *overrides, f"run_dir={run_dir}"]
         with open_run(compose_job(typed), typed) as opened:
             self.run: RunDirectory = opened.directory
