@@ -11,7 +11,7 @@ from syncbn.train.run.directory import RunDirectory
 from tests.support.processes import REPOSITORY, TRAIN, run
 
 TINY = ["max_steps=2", "track=none", "launch.device=cpu", "launch.nproc=1"]
-HERE = "tests.syncbn.train.test_sweep"
+HERE = "tests.syncbn.train.launch.test_sweep"
 
 
 def make(in_channels: int, num_classes: int, fails: str) -> nn.Module:
