@@ -5,7 +5,7 @@ from typing import Any
 
 from syncbn.errors import ConfigError
 from syncbn.train.agreement import gathered, together
-from syncbn.train.data import Batch, Samples
+from syncbn.train.data import Batch, Dataset, Samples
 from syncbn.train.data.datasets import load_dataset
 from syncbn.train.data.digest import digest
 from syncbn.train.data.sampling import Loader, held_out_batches, make_loader, share_out
@@ -47,11 +47,13 @@ class Feed:
         self._watch = watch
         self._loaders: list[Loader] = []
         any_targets = isinstance(config.task, CustomTaskConfig)
-        watch.at(0, "loading data")
-        self.dataset = together(
-            lambda: load_dataset(config.data, config.seed, any_targets=any_targets)
-        )
-        self.sha256 = together(lambda: digest(self.dataset))
+
+        def load() -> tuple[Dataset, str]:
+            with watch.working(0, "loading data"):
+                dataset = load_dataset(config.data, config.seed, any_targets=any_targets)
+                return dataset, digest(dataset)
+
+        self.dataset, self.sha256 = together(load)
         self._compare()
         self.share = together(
             lambda: share_out(config.data, self.dataset.train, rank, world_size, config.seed)
@@ -85,13 +87,6 @@ class Feed:
         loader = make_loader(samples, batches, self._config.data.workers, self._pinned)
         self._loaders.append(loader)
         return loader
-
-    def watched(self, batches: Iterable[Batch], step: int, doing: str) -> Iterator[Batch]:
-        """Yield batches, and note with each that this rank moves."""
-        for batch in batches:
-            self._watch.at(step, doing)
-            yield batch
-        self._watch.at(step, "waiting for the other ranks")
 
     def until_told(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield batches, at least one, until this rank is told to stop."""

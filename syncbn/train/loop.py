@@ -188,8 +188,7 @@ class _Loop:
     def _evaluate(
         self, model: nn.Module, batches: Iterable[Batch], keep_rows: bool
     ) -> Evaluation | None:
-        watched = self.feed.watched(batches, self.state.position.step, "evaluating")
-        self.watch.at(self.state.position.step, "evaluating")
+        watched = self.watch.moving(batches, self.state.position.step, "evaluating")
         return evaluate(self.training, model, watched, self.control, self.watch, keep_rows)
 
     def _end_epoch(self) -> int:
@@ -284,7 +283,8 @@ class _Loop:
             return self._evaluate(model, feed.held_out(samples), keep_rows=True)
 
         def batches() -> Iterable[Batch]:
-            return feed.until_told(feed.watched(feed.once_more(), step, "recalibrating"))
+            moving = self.watch.moving(feed.once_more(), step, "recalibrating")
+            return feed.until_told(moving)
 
         best = self.state.best
         exported = export(

@@ -18,7 +18,7 @@ def test_every_class_has_a_color_of_its_own(classes: int) -> None:
 
 
 def test_first_colors_are_those_of_okabe_and_ito() -> None:
-    written = ["#%02x%02x%02x" % color for color in default_palette(8)]
+    written = ["#" + bytes(color).hex() for color in default_palette(8)]
     assert written == [
         *("#000000", "#e69f00", "#56b4e9", "#009e73"),
         *("#f0e442", "#0072b2", "#d55e00", "#cc79a7"),

@@ -181,6 +181,7 @@ def bench_loops(turns: int) -> Rows:
     from syncbn.train.loop import train
     from syncbn.train.run.directory import open_run_directory
     from syncbn.train.setup import describe_architecture
+    from syncbn.train.tasks import make_task
 
     size = dist.get_world_size()
     rows: Rows = []
@@ -190,13 +191,13 @@ def bench_loops(turns: int) -> Rows:
         with tempfile.TemporaryDirectory() as directory:
             run_dir = f"run_dir={directory}/run"
             batches = f"data.batch_size={BATCH_SIZE}"
-            same = [f"epochs={epochs}", "optim.decay_all=true"]  # as by hand
+            same = [f"epochs={epochs}", "optim.decay_all=true", "data.validation=0"]  # as by hand
             config = compose_config([*asked, *samples, *same, batches, run_dir])
             data = load_dataset(config.data, config.seed)
             keys = [(0, index) for index in range(len(data.train))]
             images, labels = data.train.__getitems__(keys)
             dataset = TensorDataset(data.preprocessing.apply(images), labels)
-            model = describe_architecture(config, data)
+            model = describe_architecture(config, make_task(config, data))
             others = {
                 name: make(
                     build_model(model.name, model.arguments, allow_imports=True), dataset, epochs

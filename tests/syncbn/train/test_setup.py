@@ -13,6 +13,8 @@ from syncbn.models import build_without_memory
 from syncbn.train.config import compose_config
 from syncbn.train.data.datasets import Dataset, digits, load_dataset
 from syncbn.train.setup import Training, describe_architecture, prepare
+from syncbn.train.tasks import Classification
+from syncbn.train.trial import try_out
 from tests.support.jobs import Job
 
 MODULE = "tests.syncbn.train.test_setup"
@@ -21,7 +23,9 @@ MODULE = "tests.syncbn.train.test_setup"
 def _prepare(overrides: Sequence[str], dataset: Dataset | None = None) -> Training:
     config = compose_config(["launch.device=cpu", "data.batch_size=2", *overrides])
     data = dataset or load_dataset(config.data, config.seed)
-    return prepare(config, data, torch.device("cpu"), 10, 10)
+    training = prepare(config, Classification(data), data, torch.device("cpu"), 10, 10)
+    try_out(training, data, [2], 0)
+    return training
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +38,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
 
 
 def _settings(overrides: Sequence[str]) -> set[tuple[float, float | None]]:
-    architecture = describe_architecture(compose_config(overrides), digits())
+    architecture = describe_architecture(compose_config(overrides), Classification(digits()))
     model = build_without_memory(architecture.name, architecture.arguments)
     norms = [module for module in model.modules() if hasattr(module, "running_mean")]
     assert norms
@@ -69,7 +73,7 @@ def _settings(overrides: Sequence[str]) -> set[tuple[float, float | None]]:
 def test_architecture_is_the_configured_one_without_the_file_it_starts_from(
     overrides: list[str], name: str, arguments: dict[str, Any]
 ) -> None:
-    architecture = describe_architecture(compose_config(overrides), digits())
+    architecture = describe_architecture(compose_config(overrides), Classification(digits()))
     assert architecture.name == name
     always = {"in_channels": 1, "num_classes": 10, "norm": "batch"}
     assert architecture.arguments == arguments | always
@@ -143,5 +147,5 @@ def test_unused_parameters_stay_as_they_are_where_they_are_expected(
 def test_whole_numbers_stay_whole_in_a_factorys_arguments() -> None:
     given = ["+model.arguments.dim=-1", "+model.arguments.p=0.5", "+model.arguments.sizes=[-2,3]"]
     config = compose_config([*PARTLY, *given])
-    arguments = describe_architecture(config, digits()).arguments
+    arguments = describe_architecture(config, Classification(digits())).arguments
     assert [repr(arguments[key]) for key in ("dim", "p", "sizes")] == ["-1", "0.5", "[-2, 3]"]
