@@ -33,21 +33,50 @@ def choose_device(launch: LaunchConfig, local_rank: int, nproc: int) -> torch.de
     """
     if launch.device is Device.cpu:
         return torch.device("cpu")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    needed = math.ceil(nproc / launch.ranks_per_gpu)
+    found, needed = _gpus(launch, nproc)
     if found < needed:
         if launch.device is Device.auto:
             return torch.device("cpu")
         ways = "launch.device=cpu"
         if found > 0:
-            ways = (
-                f"launch.nproc={found * launch.ranks_per_gpu}, {ways}, or, slowly, "
-                f"launch.ranks_per_gpu={math.ceil(nproc / found)}"
-            )
+            ways = f"{_fitting(launch, found)}, {ways}, or, slowly, {_sharing(nproc, found)}"
         raise ConfigError(f"launch.device=cuda needs {needed} GPUs, found {found}; use {ways}")
     device = torch.device("cuda", local_rank // launch.ranks_per_gpu)
     torch.cuda.set_device(device)
     return device
+
+
+def why_not_on_gpus(launch: LaunchConfig, nproc: int) -> str | None:
+    """Return why a machine's GPUs are left alone though they might have been used, or None.
+
+    Args:
+        launch: as for `choose_device`.
+        nproc: how many ranks there are on this machine.
+    """
+    if launch.device is not Device.auto:
+        return None
+    found, needed = _gpus(launch, nproc)
+    if not 0 < found < needed:
+        return None
+    return (
+        f"launch.device=auto takes the CPU, because {nproc} ranks need {needed} GPUs and there are "
+        f"{found}; to use them, say {_fitting(launch, found)}, or, slowly, "
+        f"{_sharing(nproc, found)}"
+    )
+
+
+def _gpus(launch: LaunchConfig, nproc: int) -> tuple[int, int]:
+    """Return how many GPUs there are, and how many the ranks need."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return found, math.ceil(nproc / launch.ranks_per_gpu)
+
+
+def _fitting(launch: LaunchConfig, found: int) -> str:
+    return f"launch.nproc={found * launch.ranks_per_gpu}"
+
+
+def _sharing(nproc: int, found: int) -> str:
+    return f"launch.ranks_per_gpu={math.ceil(nproc / found)}"
 
 
 def choose_backend(device: torch.device, launch: LaunchConfig) -> str:

@@ -28,7 +28,12 @@ from torch.distributed.rendezvous import rendezvous
 from syncbn.errors import ConfigError, DataError, ReplicaError, SyncBNError, TrainingError
 from syncbn.train.changes import compose_job
 from syncbn.train.config import from_yaml, to_yaml
-from syncbn.train.device import choose_device, join_process_group, leave_process_group
+from syncbn.train.device import (
+    choose_device,
+    join_process_group,
+    leave_process_group,
+    why_not_on_gpus,
+)
 from syncbn.train.launch.rendezvous import agree, prefixed
 from syncbn.train.launch.watchdog import STOP_SIGNALS, Watch
 from syncbn.train.loop import train
@@ -181,6 +186,8 @@ def _work(prepare: Callable[[], Job]) -> int:
     try:
         _log_to(run if rank == 0 else None)
         log.info("%d ranks on %s, run directory %s", world_size, device.type, run.path)
+        if rank == 0 and (reason := why_not_on_gpus(config.launch, nproc)):
+            log.warning("%s", reason)
         result = train(config, run if rank == 0 else None, device, watch)
         if rank == 0:  # at once, as leaving the others may fail
             _record(run, result)

@@ -19,11 +19,12 @@ from syncbn.train.device import (
     choose_device,
     join_process_group,
     leave_process_group,
+    why_not_on_gpus,
 )
 from syncbn.train.loop import train
 from syncbn.train.run.directory import open_run_directory
 from syncbn.train.schema import LaunchConfig
-from tests.support.jobs import quiet_watch
+from tests.support.jobs import Job, quiet_watch
 from tests.support.world import run_world
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
@@ -87,6 +88,21 @@ def test_too_few_gpus_are_refused_with_what_would_do(
     with pytest.raises(ConfigError) as caught:
         choose_device(_launch("device=cuda", *overrides), 0, nproc)
     assert str(caught.value) == f"launch.device=cuda {message}"
+
+
+@pytest.mark.usefixtures("gpus")
+def test_gpus_that_auto_leaves_alone_are_told_of_with_what_would_use_them() -> None:
+    assert why_not_on_gpus(_launch("device=auto"), 5) == (
+        "launch.device=auto takes the CPU, because 5 ranks need 5 GPUs and there are 2; to use "
+        "them, say launch.nproc=2, or, slowly, launch.ranks_per_gpu=3"
+    )
+    assert why_not_on_gpus(_launch("device=auto"), 2) is None
+    assert why_not_on_gpus(_launch("device=cpu"), 5) is None
+
+
+def test_nothing_is_said_of_gpus_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not_on_gpus(_launch("device=auto"), 2) is None
 
 
 def test_nccl_is_for_gpus_that_no_ranks_share(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +225,12 @@ def make_too_large(in_channels: int, num_classes: int) -> nn.Module:
 
 def _train(factory: str, overrides: list[str]) -> tuple[str, str | None]:
     torch.use_deterministic_algorithms(False)  # what these tests have set themselves
-    custom = ["model=custom", f"model.factory={__name__}:{factory}", "track=none", "max_steps=1"]
+    custom = ["model=custom", f"model.factory={__name__}:{factory}", "norm=none", "track=none"]
+    custom += ["max_steps=1"]
     config = compose_config([*custom, *overrides])
     text = ""
-    with mock.patch("syncbn.train.loop.export", return_value={}):
+    exported = mock.Mock(metrics={}, evaluations=[])
+    with mock.patch("syncbn.train.loop.export", return_value=exported):
         try:
             train(config, open_run_directory(config), CPU, quiet_watch())
         except ConfigError as error:
@@ -229,6 +247,26 @@ def test_operations_of_which_repetitions_may_differ_are_refused_if_asked_for(
     ((text, workspace),) = run_world(1, _train, "make_scattering", overrides)
     assert "put_ does not have a deterministic implementation" in text
     assert workspace == ":4096:8"
+
+
+def test_job_refuses_operations_of_which_repetitions_may_differ_before_its_first_step(
+    tmp_path: Path,
+) -> None:
+    custom = ["model=custom", f"model.factory={__name__}:make_scattering", "norm=none"]
+    job = Job(tmp_path / "run", *custom, "numerics.deterministic=true", "launch.nproc=1")
+    assert job.wait() == 2
+    result = job.run.read_result()
+    assert result is not None
+    assert "put_ does not have a deterministic implementation" in str(result.error)
+    assert job.run.read_metrics() == []
+
+
+def test_operations_of_a_run_itself_can_all_be_repeated(tmp_path: Path) -> None:
+    every = ["numerics.deterministic=true", "recalibrate=true", "optim.ema_decay=0.9"]
+    every += ["optim.clip_norm=1", "optim.accumulate=2", "epochs=1", "max_steps=4"]
+    job = Job(tmp_path / "run", *every)
+    assert job.wait() == 0, Path(f"{job.run.path}.out").read_text()
+    assert "deterministic" not in Path(f"{job.run.path}.out").read_text()  # not as a warning
 
 
 def test_batch_too_large_for_the_memory_is_explained(tmp_path: Path) -> None:

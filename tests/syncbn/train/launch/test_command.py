@@ -11,6 +11,7 @@ import torch
 
 from syncbn.bundle import read_bundle
 from syncbn.train.run.directory import RunDirectory
+from syncbn.train.schema import CnnConfig
 from tests.support.jobs import SMALL, Job, children, is_alive, under_torchrun, wait_until
 from tests.support.processes import TORCHRUN, TRAIN, run
 
@@ -113,6 +114,26 @@ def test_torchrun_itself_ends_where_its_ranks_refuse(
     assert result.returncode != 0
     assert result.stdout.count(message) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_directory_alone_goes_on_under_torchrun(tmp_path: Path) -> None:
+    (cwd := tmp_path / "cwd").mkdir()
+    typed = [*SMALL, "run_dir=run", "max_steps=2", "model.width=3", "schedule=constant"]
+    codes, output = under_torchrun(typed, cwd)
+    assert codes == [0, 0], output
+    codes, output = under_torchrun(["run_dir=run"], cwd)
+    assert codes == [2, 2], output
+    assert output.count("holds a finished run; choose another directory, or say what to add") == 1
+    codes, output = under_torchrun(["run_dir=run", "model.width=4", "max_steps=4"], cwd)
+    assert codes == [2, 2], output
+    assert output.count("cannot go on with model.width=4 (was 3): that would be another mod") == 1
+    codes, output = under_torchrun(["run_dir=run", "max_steps=4"], cwd)
+    assert codes == [0, 0], output
+    assert output.count("going on with max_steps=4 (was 2)") == 1
+    run = RunDirectory(cwd / "run")
+    assert run.read_metrics()[-1]["step"] == 4
+    config = run.read_config()
+    assert (config.model, config.schedule.name) == (CnnConfig(width=3), "constant")
 
 
 def test_missing_gpus_are_explained(tmp_path: Path) -> None:
