@@ -55,8 +55,12 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
     assert (config.launch.nproc, config.model.name, config.epochs) == (2, "cnn", 2)
     lines = [json.loads(line) for line in finished.metrics_file.read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    best = max(lines, key=lambda line: line["test_accuracy"])
-    assert read_bundle(finished.bundle_dir).manifest.metrics == best
+    best = max(lines, key=lambda line: (line["val_accuracy"], -line["val_loss"]))
+    assert [line for line in lines if line["best"]][-1] == best
+    ended = finished.read_result()
+    assert ended is not None
+    assert read_bundle(finished.bundle_dir).manifest.metrics == ended.metrics
+    assert ended.metrics["test_accuracy"] > 0.2
     log = finished.log_file.read_text()
     assert log.count("epoch 1/2") == 1
     assert "2 ranks on cpu" in log

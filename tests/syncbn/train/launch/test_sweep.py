@@ -72,6 +72,23 @@ def test_job_that_cannot_be_configured_fails_alone(tmp_path: Path) -> None:
     assert directory.name.split("-")[-2] == "sweep"
 
 
+@pytest.mark.long
+def test_sweep_that_has_finished_is_extended(tmp_path: Path) -> None:
+    sweep = [*TRAIN, "-m", "sweep_dir=sweep", "seed=1,2"]
+    assert run([*sweep, *TINY, "model.width=2"], tmp_path).returncode == 0
+    config = RunDirectory(tmp_path / "sweep" / "seed=1").config_file
+    result = run([*sweep, *TINY, "model.width=3", "max_steps=3"], tmp_path)
+    assert result.returncode == 0  # both have finished, if not with what was typed
+    assert result.stdout.count("cannot go on with model.width=3 (was 2)") == 2
+    result = run([*sweep, "max_steps=4"], tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count(": starting") == 2
+    assert "width: 2" in config.read_text()
+    for seed in (1, 2):
+        assert RunDirectory(tmp_path / "sweep" / f"seed={seed}").read_metrics()[-1]["step"] == 4
+    assert run([*sweep, "max_steps=4"], tmp_path).stdout.count(": starting") == 0
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
