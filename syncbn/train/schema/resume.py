@@ -7,7 +7,8 @@ one of the two tables.
 from collections.abc import Mapping
 from typing import Any
 
-# Which may change: each is used from the resume on. A name stands for all keys below it.
+# Which may change: each is used from the resume on. A name stands for all keys below it that are
+# named in neither table.
 FREE = (
     "name",  # under which the bundle is published from now on
     "epochs",
@@ -22,6 +23,7 @@ FREE = (
     "data.workers",
     "data.path",  # files may move
     "data.skip_damaged",  # errors advise it
+    "model.weights",  # the file may move, and the checkpoint has what became of it
     "optim.lr",  # errors advise lower ones
     "optim.clip_norm",  # and this
     "numerics.channels_last",
@@ -52,6 +54,10 @@ FIXED: Mapping[str, str] = {
     "data.crop_padding": _IMAGES,
     "data.flip": _IMAGES,
     "data.size": _IMAGES,
+    "data.height": _IMAGES,
+    "data.width": _IMAGES,
+    "data.scale_min": _IMAGES,
+    "data.scale_max": _IMAGES,
     "data.crop_scale_min": _IMAGES,
     "data.samples": "that would be other data",
     "data.test_samples": "that would be other data",
@@ -90,6 +96,10 @@ BEFORE: Mapping[str, Any] = {
     "data.skip_damaged": False,
     "launch.ranks_per_gpu": 1,
     "launch.load_timeout_s": 1800.0,
+    "launch.find_unused_parameters": False,
+    "model.weights": None,
+    "model.weights_into": None,
+    "model.weights_strict": True,
     "optim.ema_warmup": False,
     "optim.freeze": [],
     "optim.lr_scale": {},
