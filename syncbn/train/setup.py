@@ -161,7 +161,7 @@ def prepare(
     if config.numerics.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] -- torch documents it, its stub lacks it
     decay = config.optim.ema_decay
-    average = None if decay is None else WeightAverage(model, decay)
+    average = None if decay is None else WeightAverage(model, decay, config.optim.ema_warmup)
     if config.numerics.compile:
         model.compile()
     with warnings.catch_warnings():

@@ -73,7 +73,13 @@ def test_damaged_result_is_refused(tmp_path: Path, content: str) -> None:
         read_result(file)
 
 
-def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
+def test_best_epoch_is_the_latest_that_was_noted_as_the_best_so_far() -> None:
+    epochs = [_epoch(1, best=1.0), _epoch(2, best=1.0), _epoch(3, best=0.0)]
+    assert best_epoch(epochs) is epochs[1]
+    assert best_epoch([_epoch(1, best=0.0)]) == {}
+
+
+def test_best_epoch_of_an_earlier_version_has_the_highest_accuracy_then_the_lowest_loss() -> None:
     epochs = [
         _epoch(1, test_accuracy=math.nan, ema_test_accuracy=0.99),
         _epoch(2, test_accuracy=0.9, test_loss=math.inf),
@@ -83,8 +89,10 @@ def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss() -> None:
         _epoch(6, test_accuracy=0.8, test_loss=0.01),
     ]
     assert best_epoch(epochs) is epochs[3]
-    assert best_epoch(epochs, "ema_") is epochs[0]
-    assert best_epoch(epochs[:1]) == {}
+    averaged = [_epoch(1, test_accuracy=0.9, ema_test_accuracy=0.8)]
+    averaged.append(_epoch(2, test_accuracy=0.8, ema_test_accuracy=0.9))
+    assert best_epoch(averaged) is averaged[1]
+    assert best_epoch([_epoch(1, test_accuracy=math.nan)]) == {}
 
 
 @pytest.mark.parametrize(
