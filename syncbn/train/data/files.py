@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -11,11 +11,13 @@ from syncbn.errors import ConfigError, ImageError
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # What Pillow by itself refuses, too, for fear of what it takes.
 MAX_PIXELS = 178_956_970
 _SHOWN = 10
+_AT_ONCE = 1024
 
 
 def read_file(file: str, read: Callable[[bytes], T]) -> T:
@@ -64,13 +66,12 @@ def readable(count: int, read: Callable[[int], object], moves: Callable[[], None
 
     good: list[int] = []
     problems: list[ConfigError] = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for number, error in enumerate(pool.map(problem, range(count))):
-            moves()
-            if error is None:
-                good.append(number)
-            else:
-                problems.append(error)
+    for number, error in enumerate(in_threads(problem, range(count))):
+        moves()
+        if error is None:
+            good.append(number)
+        else:
+            problems.append(error)
     if problems:
         log.warning(
             "data.skip_damaged: %d of %d samples are left out: %s%s",
@@ -80,6 +81,13 @@ def readable(count: int, read: Callable[[int], object], moves: Callable[[], None
             f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "",
         )
     return good
+
+
+def in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
+    """Yield the result for each of any number of items, in their order, from a few threads."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(items), _AT_ONCE):  # millions at once would take gigabytes
+            yield from pool.map(work, items[first : first + _AT_ONCE])
 
 
 def relative_sizes(files: Sequence[str], root: str, most: int = 4096) -> list[tuple[str, int]]:

@@ -1,13 +1,12 @@
 """Where known data sets of images and masks have their files, and what their pixels mean."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from syncbn.errors import ConfigError
 from syncbn.train.data.checks import IGNORED
-from syncbn.train.data.files import EXTENSIONS, files_below, listed, read_file
+from syncbn.train.data.files import EXTENSIONS, files_below, in_threads, listed, read_file
 from syncbn.train.data.masks import read_mask
 
 Colors = tuple[tuple[int, int, int], ...]
@@ -232,8 +231,7 @@ def _numbers(masks: list[str], path: Path, moves: Callable[[], None]) -> tuple[s
         moves()
         return int(values[values != IGNORED].max(initial=0))
 
-    with ThreadPoolExecutor() as pool:
-        most = max(pool.map(highest, masks))
+    most = max(in_threads(highest, masks))
     if most == 0:
         raise ConfigError(
             f"data.path={path}: the training masks hold 0 and {IGNORED} alone, and {IGNORED} marks "
