@@ -6,6 +6,7 @@ from torch import Tensor, nn
 SEGMENTER = "tests.support.networks:segmenter"
 VECTORS = "tests.support.networks:vectors"
 MASKED = "tests.support.networks:masked"
+MIXED = "tests.support.networks:mixed"
 
 
 def segmenter(in_channels: int, num_classes: int, width: int = 4) -> nn.Module:
@@ -50,3 +51,19 @@ class _Masked(nn.Module):
 def masked(in_channels: int, num_classes: int, dim: int = -1) -> nn.Module:
     """Return a classifier with a buffer that holds −∞."""
     return _Masked(in_channels, num_classes, dim)
+
+
+class _Mixed(nn.Module):
+    """What each image gets depends on the others."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(in_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0))
+
+
+def mixed(in_channels: int, num_classes: int) -> nn.Module:
+    """Return a segmentation whose answers depend on the batch."""
+    return _Mixed(in_channels, num_classes)

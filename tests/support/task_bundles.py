@@ -30,9 +30,9 @@ EVALUATION = Evaluation(
 )
 
 
-def write_segmenter(path: Path, **changes: Any) -> None:
+def write_segmenter(path: Path, factory: str = SEGMENTER, **changes: Any) -> None:
     """Write the bundle of a random segmentation for images of shape (1, 6, 8)."""
-    _write(path, SEGMENTER, {"name": "segments", "task": "segmentation"} | changes)
+    _write(path, factory, {"name": "segments", "task": "segmentation"} | changes)
 
 
 def write_vectors(path: Path, **changes: Any) -> None:
