@@ -99,7 +99,8 @@ def summarize(run_path: Path) -> str:
     if result.get("error"):
         lines["error"] = result["error"]
     if best := best_epoch(epochs):
-        lines["best" if "val_loss" in best else "last"] = _quality(best)
+        chosen = "best" if _prefix(best) != "train_" else "last"  # nothing tells which is the best
+        lines[chosen] = _quality(best)
     if last and last != best:
         lines["last"] = _quality(last)
     for evaluation in result.get("evaluations", ()):
@@ -116,11 +117,8 @@ def summarize(run_path: Path) -> str:
 
 def _quality(epoch: Record) -> str:
     """Return an epoch's metrics of the exported model, and its training loss."""
-    prefix, name = next(
-        (prefix, name)
-        for prefix, name in _PREFIXES.items()
-        if any(key.startswith(prefix) for key in epoch)
-    )
+    prefix = _prefix(epoch)
+    name = _PREFIXES[prefix]
     shown = [
         f"{name} {key.removeprefix(prefix).replace('_', ' ')} {_number(key, value)}"
         for key, value in epoch.items()
@@ -129,6 +127,12 @@ def _quality(epoch: Record) -> str:
     if prefix != "train_":
         shown.append(f"training loss {epoch['train_loss']:.4f}")
     return f"epoch {epoch['epoch']}: {', '.join(shown)}"
+
+
+def _prefix(epoch: Record) -> str:
+    """Return what the metrics of the exported model begin with."""
+    found = (prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in epoch))
+    return next(found, "train_")
 
 
 # Where the metrics of the exported model are, from best to worst; test_… in earlier versions.

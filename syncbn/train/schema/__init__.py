@@ -4,7 +4,6 @@ The schemas are not frozen: OmegaConf makes frozen ones read-only and refuses ev
 """
 
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
@@ -159,7 +158,7 @@ class TrainConfig:
     run_dir: str | None
     sweep_dir: str | None
     publish: Annotated[str, Field(min_length=1)] | None
-    task: TaskConfig = field(default_factory=ClassificationConfig)
+    task: TaskConfig
     data: DataConfig
     model: ModelConfig
     norm: NormConfig

@@ -141,27 +141,50 @@ def test_picture_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_summary_says_how_a_run_ended(tmp_path: Path) -> None:
-    epochs = [_epoch(1), _epoch(2, test_accuracy=0.98765), _epoch(3, test_accuracy=0.9)]
+    epochs = [_judged(1, 0.5, 1.0), _judged(2, 0.98765, 1.0), _judged(3, 0.9, 0.0)]
+    estimate = {"value": 0.9, "low": 0.8523, "high": 0.9376}
+    metrics = {"loss": {"value": 0.5, "low": None, "high": None}, "accuracy": estimate}
+    evaluation = {"split": "test", "samples": 200, "statistics": "as trained", "metrics": metrics}
     result = {"error": None, "metrics": epochs[1], "duration_s": 187.4}
-    run = _run(tmp_path, epochs, (), status="finished", **result)
+    run = _run(tmp_path, epochs, (), status="finished", evaluations=[evaluation], **result)
     (run / "bundle").mkdir()
+    judged = "validation loss 0.7500, validation accuracy"
     assert summarize(run).splitlines() == [
         "status  finished after 3 epochs, 270 steps",
-        "best    epoch 2: test accuracy 98.77 %, test loss 1.1000",
-        "last    epoch 3: test accuracy 90.00 %, test loss 0.7333, training loss 0.6667",
+        f"best    epoch 2: {judged} 98.77 %, training loss 1.0000",
+        f"last    epoch 3: {judged} 90.00 %, training loss 0.6667",
+        "test    loss 0.5000, accuracy 90.00 % (85.23 % to 93.76 %); 200 samples, statistics as "
+        "trained",
         "time    3 min 07 s, 1002 images/s",
         f"bundle  {run}/bundle",
     ]
 
 
-def test_summary_tells_the_exported_model(tmp_path: Path) -> None:
-    epochs = [_epoch(1, ema_test_accuracy=0.5, ema_test_loss=0.75)]
-    recalibrated = epochs[0] | {"ema_test_accuracy": 0.625}
-    run = _run(tmp_path, epochs, status="finished", metrics=recalibrated, duration_s=1.0)
-    assert (
-        "best    epoch 1: test accuracy of the averaged weights 62.50 %, test loss 0.7500\n"
-        "last    epoch 1: test accuracy of the averaged weights 50.00 %, test loss 0.7500, "
-    ) in summarize(run)
+def _judged(epoch: int, accuracy: float, best: float) -> Record:
+    line = _epoch(epoch, val_loss=0.75, val_accuracy=accuracy, best=best)
+    return {key: value for key, value in line.items() if not key.startswith("test_")}
+
+
+def test_summary_tells_the_metrics_of_the_average_if_that_is_exported(tmp_path: Path) -> None:
+    epochs = [_judged(1, 0.5, 1.0) | {"ema_val_accuracy": 0.625, "ema_val_loss": 0.5}]
+    run = _run(tmp_path, epochs, status="finished", metrics=epochs[0], duration_s=1.0)
+    assert "best    epoch 1: validation accuracy 62.50 %, validation loss 0.5000, " in summarize(
+        run
+    )
+
+
+def test_summary_of_a_run_without_validation_tells_the_last_epoch(tmp_path: Path) -> None:
+    line = {key: value for key, value in _epoch(2, best=1.0).items() if not key.startswith("test_")}
+    run = _run(tmp_path, [line], status="finished", metrics=line, duration_s=1.0)
+    assert "last    epoch 2: training loss" in summarize(run)
+
+
+def test_summary_of_a_run_of_an_earlier_version_tells_the_test_split(tmp_path: Path) -> None:
+    epochs = [_epoch(1), _epoch(2, test_accuracy=0.98765), _epoch(3, test_accuracy=0.9)]
+    run = _run(tmp_path, epochs, status="finished", metrics=epochs[1], duration_s=1.0)
+    assert "best    epoch 2: test loss 1.1000, test accuracy 98.77 %, training loss" in summarize(
+        run
+    )
 
 
 def test_summary_of_a_failed_run_says_why(tmp_path: Path) -> None:
