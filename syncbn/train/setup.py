@@ -22,6 +22,7 @@ from syncbn.models import ChannelAffine, build_model, build_without_memory
 from syncbn.train.average import WeightAverage
 from syncbn.train.data import Dataset
 from syncbn.train.description import describe
+from syncbn.train.generators import seed_alike
 from syncbn.train.model_checks import check_normalization
 from syncbn.train.optim import make_optimizer
 from syncbn.train.parameters import freeze, parameter_groups
@@ -137,6 +138,7 @@ def prepare(
     custom = isinstance(config.model, CustomModelConfig)
     try:
         architecture = describe_architecture(config, task)
+        seed_alike(config.seed)  # whatever a factory of the user's draws from
         torch.manual_seed(config.seed)
         model = build_model(architecture.name, architecture.arguments, allow_imports=custom)
         # What cannot be exported at the end is known at the beginning.
