@@ -135,7 +135,9 @@ def _be_rank_of_torchrun(
     main()
 
 
-class _Quiet:
+class Quiet:
+    """Stands in for a watch, which belongs to a process of its own."""
+
     stop_signal = 0
 
     def at(self, step: int, doing: str) -> None:
@@ -150,7 +152,7 @@ class _Quiet:
 
 def quiet_watch() -> Any:
     """Return what stands in for a watch, which belongs to a process of its own."""
-    return _Quiet()
+    return Quiet()
 
 
 def children(pid: int) -> list[int]:

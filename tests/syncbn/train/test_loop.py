@@ -270,7 +270,7 @@ class _Poisoned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
-        poison = self.calls == 11 and dist.get_rank() == 1  # one call was the trial on zeros
+        poison = self.calls == 12 and dist.get_rank() == 1  # two calls were trials
         return self.layers(x) * (math.nan if poison else 1.0)
 
 

@@ -77,6 +77,7 @@ def test_ranks_end_by_themselves_when_the_agent_is_killed(tmp_path: Path) -> Non
     ranks = job.ranks()
     os.kill(job.agent.pid, signal.SIGKILL)
     wait_until(lambda: not any(is_alive(rank) for rank in ranks), 20)
+    job.kill_all()
     result = job.run.read_result()
     assert result is not None
     assert result.status == "interrupted"
@@ -168,10 +169,11 @@ def test_image_that_one_rank_cannot_read_is_named(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for label in ("a", "b"):
             (tmp_path / "images" / split / label).mkdir(parents=True)
-            for number in range(8):
-                file = tmp_path / "images" / split / label / f"{number}.png"
-                Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(file)
-    broken = tmp_path / "images" / "train" / "b" / "5.png"
+            # Of many images, only some are looked at before training.
+            for number in range(50):
+                file = tmp_path / "images" / split / label / f"{number:02}.png"
+                Image.new("RGB", (8, 8), (5 * number, 0, 0)).save(file)
+    broken = tmp_path / "images" / "train" / "b" / "05.png"
     broken.write_bytes(broken.read_bytes()[:40])
     overrides = ["data=folder", f"data.path={tmp_path / 'images'}", "data.size=8"]
     started = time.monotonic()

@@ -20,7 +20,7 @@ from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.run.directory import RunDirectory, open_run_directory
 from syncbn.train.step import Stepper
 from syncbn.train.totals import DeviceTotals, Report, Statement
-from tests.support.jobs import comparable, outcome, quiet_watch
+from tests.support.jobs import Quiet, comparable, outcome, quiet_watch
 from tests.support.world import run_world
 
 CPU = torch.device("cpu")
@@ -129,11 +129,11 @@ def make_poisoned_at_once(in_channels: int, num_classes: int) -> torch.nn.Module
     from tests.syncbn.train.test_loop import make_poisoned
 
     model: Any = make_poisoned(in_channels, num_classes)
-    model.calls = 9  # the next ones are the trial on zeros, and the first step
+    model.calls = 9  # the next ones are two trials, and the first step
     return model
 
 
-class _ToldToStop:
+class _ToldToStop(Quiet):
     """A watch of a rank that is told to stop while it makes a step."""
 
     def __init__(self, rank: int, step: int) -> None:
