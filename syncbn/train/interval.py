@@ -30,7 +30,7 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
 def intervals(task: Task, rows: Tensor) -> dict[str, tuple[float, float]]:
     """Return the interval of the loss and of each metric, by name.
 
-    Of proportions Wilson's; of the others by the percentiles of metrics of 1000 samples that are
+    Of proportions Wilson's, unless nothing was tried; of the others by the percentiles of metrics of 1000 samples that are
     drawn from the rows, with replacement, with a fixed seed: the same rows have the same intervals.
 
     Args:
@@ -62,5 +62,6 @@ def intervals(task: Task, rows: Tensor) -> dict[str, tuple[float, float]]:
             found[name] = float(low), float(high)
     totals = table.sum(0).tolist()[2:]
     for name, (successes, trials) in task.proportions.items():
-        found[name] = wilson(totals[successes], totals[trials])
+        if totals[trials]:
+            found[name] = wilson(totals[successes], totals[trials])
     return found
