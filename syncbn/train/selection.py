@@ -14,13 +14,16 @@ def quality(metrics: Mapping[str, float], task: Task) -> tuple[float, float]:
     """Return what the best epoch has the most of: the task's metric, and then a low loss.
 
     Args:
-        metrics: of an epoch; an empty mapping is worse than any.
+        metrics: of an epoch; an empty mapping is worse than any. An epoch whose metric is NaN, as
+            of no pixels, is worse than all that have one.
         task: says which metric counts.
     """
-    prefix = _prefix(metrics, task)
-    value = metrics.get(f"{prefix}{task.best}", math.nan)
-    if math.isnan(value):
+    if not metrics:
         return -math.inf, -math.inf
+    prefix = _prefix(metrics, task)
+    value = metrics[f"{prefix}{task.best}"]
+    if math.isnan(value):
+        value = -math.inf if task.maximize else math.inf
     return value if task.maximize else -value, -metrics[f"{prefix}loss"]
 
 
