@@ -19,9 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def is_good(model: nn.Module) -> bool:
-    """Return whether a model can be trained on: its weights are finite, and no buffer is NaN."""
+    """Return whether a model can be trained on: its weights are finite, and no buffer is NaN.
+
+    Collective: the ranks tell each other, as each may have buffers for itself; all return the same.
+    """
     finite = all(bool(each.isfinite().all()) for each in model.parameters())
-    return finite and not any(bool(each.isnan().any()) for each in model.buffers())
+    good = finite and not any(bool(each.isnan().any()) for each in model.buffers())
+    return all(gathered(good))
 
 
 class Judge:
