@@ -85,6 +85,8 @@ def export(
         state = read_checkpoint(run.checkpoints_dir / BEST).states[name]
     trained = training.model if training.average is None else training.average
     trained.load_state_dict(from_rank_0(state))
+    if dataset.validation is None:
+        log.info("no validation data tell which epoch is the best: the last one is exported")
     split, samples = _held_out(dataset)
     found: list[tuple[Statistics, Evaluation]] = []
     if samples is not None:

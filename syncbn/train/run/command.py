@@ -25,7 +25,7 @@ from syncbn.train.run.comparison import (
     metric_of,
 )
 from syncbn.train.run.plots import plot_groups, plot_runs
-from syncbn.train.run.report import duration
+from syncbn.train.run.report import duration, is_share
 
 _NAME_MIN = 24
 
@@ -216,8 +216,8 @@ def _plain(value: Any) -> str:
 
 
 def _measure(metric: str, *values: float) -> str:
-    """Return a metric, or its mean ± its deviation, to a few digits; accuracies in percent."""
-    percent = metric.endswith("accuracy")
+    """Return a metric, or its mean ± its deviation, to a few digits; shares in percent."""
+    percent = is_share(metric)
     scale, digits = (100, ".2f") if percent else (1, ".4g")
     shown = ["–" if math.isnan(value) else format(scale * value, digits) for value in values]
     return " ± ".join(shown) + (" %" if percent else "")

@@ -207,8 +207,8 @@ def default_metric(runs: Sequence[Run]) -> str:
     return others[0] if others else _TELLING[0]
 
 
-# The last two are those of earlier versions, and of runs without validation data.
-_TELLING = ("val_accuracy", "val_mean_iou", "test_accuracy", "train_accuracy")
+# The last ones are those of earlier versions, and of runs without validation data.
+_TELLING = ("val_accuracy", "val_mean_iou", "test_accuracy", "train_accuracy", "train_mean_iou")
 
 
 def group_runs(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from syncbn.errors import ConfigError
 from syncbn.train.run.comparison import Group, Run, order
-from syncbn.train.run.report import Record, read_records
+from syncbn.train.run.report import Record, is_share, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -196,7 +196,7 @@ def _label(panel: "Axes", name: str, over: str = "epoch") -> None:
     if over == "epoch":
         panel.set_xlim(left=0)
         panel.locator_params(axis="x", integer=True, min_n_ticks=1)
-    if name.endswith(("accuracy", "iou")):
+    if is_share(name):
         panel.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
     drawn = [y for line in panel.lines for y in cast(list[float], line.get_ydata()) if y > 0]
     if name.endswith("loss") and drawn and max(drawn) > _LOG_SPAN * min(drawn):

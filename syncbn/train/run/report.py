@@ -68,6 +68,11 @@ def best_epoch(epochs: Sequence[Record]) -> Record:
     return max(judged, key=lambda epoch: (epoch[accuracy], -epoch.get(loss, math.inf)), default={})
 
 
+def is_share(metric: str) -> bool:
+    """Return whether a metric is one from 0 to 1 that is shown in percent, by its name."""
+    return metric.endswith(("accuracy", "iou"))
+
+
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units, such as "3 min 07 s"; "–" for none.
 
@@ -99,8 +104,9 @@ def summarize(run_path: Path) -> str:
     if result.get("error"):
         lines["error"] = result["error"]
     if best := best_epoch(epochs):
-        chosen = "best" if _prefix(best) != "train_" else "last"  # nothing tells which is the best
-        lines[chosen] = _quality(best)
+        is_judged = _prefix(best) != "train_"
+        unjudged = "; without validation, the last epoch is exported"
+        lines["best" if is_judged else "last"] = _quality(best) + ("" if is_judged else unjudged)
     if last and last != best:
         lines["last"] = _quality(last)
     for evaluation in result.get("evaluations", ()):
@@ -160,4 +166,6 @@ def _range(name: str, estimate: dict[str, float]) -> str:
 
 
 def _number(name: str, value: float) -> str:
-    return f"{value:.4f}" if name.endswith("loss") else f"{100 * value:.2f} %"
+    if is_share(name):
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if name.endswith("loss") else f"{value:.4g}"
