@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.data import Dataset
@@ -12,6 +11,7 @@ from syncbn.train.model_checks import check_used
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.schema import SYNCHRONIZED
 from syncbn.train.setup import Training
+from syncbn.train.tasks.checks import check_task, tensors
 
 
 def try_out(training: Training, dataset: Dataset, last_batch: list[int], rank: int) -> None:
@@ -75,9 +75,10 @@ def _settle(training: Training, dataset: Dataset) -> None:
         with training.autocast():
             output: Any = training.replica(training.inputs(samples))
         training.task.check_output(output, size)
-        parts: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
-        nothing = [part.float().sum() * 0 for part in parts]
+        nothing = [part.float().sum() * 0 for part in tensors(output)]
         torch.stack(nothing).sum().backward()
+        _, first = dataset.train.__getitems__([(0, 0)])
+        check_task(training.task, output, first[[0] * size], training.device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"data.batch_size={size} is too much for the memory of {training.device}: "
@@ -85,6 +86,8 @@ def _settle(training: Training, dataset: Dataset) -> None:
             f"optim.accumulate={training.config.optim.accumulate} for the same step, or "
             "numerics.precision=bfloat16"
         ) from error
+    except SyncBNError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"model: cannot learn from images of shape {dataset.input.shape}: "

@@ -11,6 +11,7 @@ from syncbn.train.schema import (
     SegmentationConfig,
     TrainConfig,
 )
+from syncbn.train.tasks.checks import check_members
 from syncbn.train.tasks.classification import Classification
 from syncbn.train.tasks.parts import imported
 from syncbn.train.tasks.protocol import Task
@@ -60,13 +61,5 @@ def _custom(config: CustomTaskConfig, dataset: Dataset) -> Task:
             f"task.factory={config.factory} failed with task.arguments={config.arguments}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    missing = [name for name in _MEMBERS if not hasattr(task, name)]
-    if missing:
-        raise ConfigError(
-            f"task.factory={config.factory} returned a {type(task).__name__} without "
-            f"{', '.join(missing)}; it must return a syncbn.train.tasks.Task"
-        )
+    check_members(task, f"task.factory={config.factory}")
     return task
-
-
-_MEMBERS = (*Task.__annotations__, *(n for n in vars(Task) if not n.startswith("_")))

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from syncbn.errors import ConfigError
 from syncbn.train.data import Dataset
-from syncbn.train.tasks.parts import check_class_weights, check_logits, exact, own_losses
+from syncbn.train.tasks.parts import (
+    check_class_weights,
+    check_logits,
+    check_targets,
+    exact,
+    own_losses,
+)
 from syncbn.train.tasks.protocol import Answers
 
 _TOP = 5
@@ -30,7 +35,7 @@ class Classification:
         label_smoothing: the share of the probability that is spread over all classes in training.
 
     Raises:
-        ConfigError: the weights are not as many as the classes, or the labels are no labels.
+        ConfigError: the weights are not as many as the classes, or the targets are no labels.
     """
 
     answers: Answers = "classification"
@@ -44,6 +49,7 @@ class Classification:
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
+        check_targets(dataset, "classification", "labels")
         self._classes = len(dataset.classes)
         self._channels = dataset.input.shape[0]
         self._weights = check_class_weights(class_weights, self._classes)
@@ -102,22 +108,3 @@ class Classification:
             name: sums[successes] / sums[trials] if sums[trials] else math.nan
             for name, (successes, trials) in self.proportions.items()
         }
-
-
-def check_labels(labels: Tensor, classes: int, where: str) -> None:
-    """Raise unless labels are from 0 to the number of classes − 1.
-
-    Args:
-        labels: int64.
-        classes: how many there are.
-        where: what an error says first.
-
-    Raises:
-        ConfigError: a label is out of range.
-    """
-    if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
-        wrong = int(labels.min() if labels.min() < 0 else labels.max())
-        raise ConfigError(
-            f"{where} has the label {wrong}, but there are {classes} classes; labels must be from "
-            f"0 to {classes - 1}"
-        )

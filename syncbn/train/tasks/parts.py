@@ -8,12 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn.errors import ConfigError
+from syncbn.errors import ConfigError, SyncBNError
+from syncbn.train.data import Dataset
+from syncbn.train.data.checks import Targets, kind_of_targets
+
+_TASKS = {"labels": "task=classification", "masks": "task=segmentation"}
 
 
 def exact(logits: Tensor) -> Tensor:
     """Return logits in float32, unless they are in float64."""
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_targets(dataset: Dataset, task: str, needed: Targets) -> None:
+    """Raise unless the targets of a data set are those that a task learns.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    kind = kind_of_targets(dataset)
+    if kind != needed:
+        found = "neither labels nor masks" if kind == "other" else kind
+        raise ConfigError(
+            f"task={task} learns from {needed}, and the targets of the data are {found}; choose "
+            f"{_TASKS.get(kind, 'task=custom')}, or other data"
+        )
 
 
 def check_class_weights(weights: Sequence[float] | None, classes: int) -> Tensor | None:
@@ -27,8 +46,8 @@ def check_class_weights(weights: Sequence[float] | None, classes: int) -> Tensor
     good = len(weights) == classes and all(0 < weight < math.inf for weight in weights)
     if not good:
         raise ConfigError(
-            f"task.class_weights={list(weights)} must be {classes} positive numbers, one for each "
-            "class"
+            f"task.class_weights={list(weights)} are {len(weights)} numbers; give {classes} "
+            "positive ones, one for each class in the order of the classes, or null"
         )
     return torch.tensor(weights, dtype=torch.float64)
 
@@ -41,16 +60,27 @@ def check_logits(output: object, shape: tuple[int, ...]) -> None:
     """
     if not isinstance(output, Tensor) or tuple(output.shape) != shape:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ConfigError(f"model: gives {found} if logits of shape {shape} are needed")
+        raise ConfigError(
+            f"model: gives {found}, and the task needs logits of shape {shape}; choose a model for "
+            "this task, or task=custom"
+        )
 
 
 def own_losses(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor) -> Tensor:
     """Return what a loss of the user's own returns, which must have the targets' shape.
 
     Raises:
-        ConfigError: it has another one.
+        ConfigError: it has another one, or the function fails.
     """
-    losses: Any = loss(logits, targets)
+    try:
+        losses: Any = loss(logits, targets)
+    except (SyncBNError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever somebody else's code raises
+        raise ConfigError(
+            f"task.loss failed for outputs of shape {tuple(logits.shape)} and targets of shape "
+            f"{tuple(targets.shape)}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(losses, Tensor) or losses.shape != targets.shape:
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ConfigError(

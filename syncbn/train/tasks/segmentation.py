@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from syncbn.train.data import Dataset
-from syncbn.train.tasks.parts import check_class_weights, check_logits, exact, own_losses
+from syncbn.train.data.checks import IGNORED
+from syncbn.train.tasks.parts import (
+    check_class_weights,
+    check_logits,
+    check_targets,
+    exact,
+    own_losses,
+)
 from syncbn.train.tasks.protocol import Answers
 
 
@@ -24,7 +31,8 @@ class Segmentation:
 
     Args:
         dataset: whose targets are masks, shape (n, H, W), int64.
-        ignore_index: pixels of this value count nowhere.
+        ignore_index: pixels of this value count nowhere, and neither do those of 255, which stands
+            for what lies outside of an image.
         class_weights: of the losses, one for each class; None: 1.
         loss: called with logits and masks, returns the losses of pixels, shape (n, H, W); None:
             cross-entropy. Masks have 0 in place of what is ignored, whose losses are left out.
@@ -33,7 +41,7 @@ class Segmentation:
         auxiliary: weight of the losses of auxiliary outputs, in training.
 
     Raises:
-        ConfigError: the weights are not as many as the classes.
+        ConfigError: the weights are not as many as the classes, or the targets are no masks.
 
     Source: Milletari, Navab and Ahmadi, "V-Net" (2016), section 3, but with p and q unsquared.
     """
@@ -54,6 +62,7 @@ class Segmentation:
         dice: float = 0.0,
         auxiliary: float = 0.4,
     ) -> None:
+        check_targets(dataset, "segmentation", "masks")
         self._classes = len(dataset.classes)
         self._input = dataset.input.shape
         self._ignored = ignore_index
@@ -80,14 +89,17 @@ class Segmentation:
 
     def weights(self, targets: Tensor) -> Tensor:
         """Return how many pixels of each mask are valid, or the sum of their classes' weights."""
-        valid = targets != self._ignored
+        valid = self._valid(targets)
         if self._weights is None:
             return valid.flatten(1).sum(1).double()
         return (self._weights[targets.where(valid, 0)] * valid).flatten(1).sum(1)
 
+    def _valid(self, targets: Tensor) -> Tensor:
+        return (targets != self._ignored) & (targets != IGNORED)
+
     def losses(self, output: Any, targets: Tensor, training: bool) -> Tensor:
         """Return the sum of the losses of each image's valid pixels, times their weights."""
-        valid = targets != self._ignored
+        valid = self._valid(targets)
         masks = targets.where(valid, 0)
         outputs: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
         losses = self._image_losses(outputs[0], masks, valid, training)
@@ -120,7 +132,7 @@ class Segmentation:
 
     def observe(self, answer: Tensor, targets: Tensor) -> Tensor:
         """Return, by class, the pixels that are right, that are predicted, and that are there."""
-        valid = targets != self._ignored
+        valid = self._valid(targets)
         found = answer.argmax(1)
         classes = self._classes
 
