@@ -3,6 +3,7 @@
 import itertools
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import syncbn
+from scripts.chapter import jobs
 from scripts.chapter.claims import (
     PositionNorm,
     before_and_after_moving,
@@ -28,6 +30,7 @@ from scripts.chapter.claims import (
 )
 from scripts.chapter.digits import Digits, accuracy_by_batch
 from syncbn.errors import InputError
+from syncbn.train.run.directory import RunDirectory
 from tests.support.world import run_world
 
 EPSILON = 1e-3
@@ -360,3 +363,22 @@ def test_statistics_of_two_samples_leave_only_their_order() -> None:
     assert (first - second).abs().max() > 0.01  # the same sample in other company
     model.eval()
     torch.testing.assert_close(model(torch.cat([x, other]))[0], model(x)[0])
+
+
+# 9. What is trained on several ranks
+
+
+def test_jobs_choose_no_epoch_and_are_tested_at_the_end_in_both_ways(tmp_path: Path) -> None:
+    job = ["model.width=4", "data.batch_size=64", "epochs=2", "recalibrate=true"]
+    (place,) = jobs.train_jobs(tmp_path, 1, [job])
+    run = RunDirectory(place)
+    epochs, result = run.read_metrics(), run.read_result()
+    assert result is not None
+    assert [epoch["best"] for epoch in epochs] == [1, 1]
+    assert not any("val_" in name or "test_" in name for name in epochs[-1])
+    assert result.metrics["epoch"] == 2
+    ways = ("as trained", "recalibrated")
+    as_trained, recalibrated = (jobs.accuracy_at_end(place, how) for how in ways)
+    found = [each["metrics"]["accuracy"]["value"] for each in result.evaluations]
+    assert found == [as_trained, recalibrated]
+    assert result.metrics["test_accuracy"] == recalibrated
