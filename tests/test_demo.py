@@ -16,7 +16,7 @@ def test_demo_trains_serves_and_queries(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     rows = re.findall(r"^ +(\d) +(\d) +([01]\.\d{4})$", result.stdout, re.MULTILINE)
     assert len(rows) == 12
-    found = re.search(r"served accuracy: (\d+\.\d+)% \((\d+) of 360 images\)", result.stdout)
+    found = re.search(r"served accuracy: (\d+\.\d+)% \((\d+) of 360 test images\)", result.stdout)
     assert found
     assert float(found[1]) >= 97
     assert "service stopped" in result.stdout
