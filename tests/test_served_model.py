@@ -12,7 +12,7 @@ from service.app import create_app
 from service.settings import Settings
 from syncbn.train import loop, setup
 from syncbn.train.config import compose_config
-from syncbn.train.data.datasets import digits
+from syncbn.train.data.datasets import digits, load_dataset
 from syncbn.train.data.images import TensorImages
 from syncbn.train.run.directory import open_run_directory
 from tests.support.jobs import quiet_watch
@@ -33,7 +33,7 @@ def _train(run_dir: Path) -> Tensor:
     config = compose_config([*places, "track=none", "model.width=8", "epochs=2"])
     run = open_run_directory(config) if dist.get_rank() == 0 else None
     loop.train(config, run, torch.device("cpu"), quiet_watch())
-    dataset = digits()
+    dataset = load_dataset(config.data, config.seed)  # standardized by what was trained on
     assert isinstance(dataset.test, TensorImages)
     with torch.no_grad():
         inputs = dataset.preprocessing.apply(dataset.test.samples)
