@@ -42,7 +42,7 @@ def resume(
     if checkpoint is None:
         _begin(training, rank)
         if run is not None:
-            run.forget_after(0)
+            run.forget_after(0, epochs=0)
         return State()
     if checkpoint.data_sha256 not in ("", data_sha256):
         raise TrainingError(
@@ -59,7 +59,7 @@ def resume(
             f"max_steps={training_config.max_steps} are {plan.total_steps}; give more"
         )
     if run is not None:
-        run.forget_after(position.step)
+        run.forget_after(position.step, position.epoch)
     return state
 
 

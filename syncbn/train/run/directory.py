@@ -6,6 +6,7 @@ Only rank 0 writes here, and whoever started it before and after it.
 import dataclasses
 import json
 import logging
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -118,10 +119,20 @@ class RunDirectory:
         """Add what was measured at one step, likewise."""
         _append_line(self.steps_file, metrics)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps, which a resumed run will produce again."""
-        for file in (self.metrics_file, self.steps_file):
-            kept = [line for line in _read_lines(file) if line["step"] <= step]
+    def forget_after(self, step: int, epochs: int) -> None:
+        """Drop the lines of later steps and epochs, which a resumed run will produce again.
+
+        Args:
+            step: the steps that are done.
+            epochs: the epochs that have ended. The last step of one may be done, and its metrics
+                written, when a kill comes before the checkpoint of its end.
+        """
+        for file, ended in ((self.metrics_file, epochs), (self.steps_file, math.inf)):
+            kept = [
+                line
+                for line in _read_lines(file)
+                if line["step"] <= step and line.get("epoch", 0) <= ended
+            ]
             _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_result(self) -> Result | None:

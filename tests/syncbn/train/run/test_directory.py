@@ -213,7 +213,7 @@ def test_damaged_line_is_passed_over_and_said_once(
     run = RunDirectory(tmp_path)
     damaged = b'{"step": 1}\n\xff\x00\n[3]\n{"loss": 1}\n{"step": 2}\n{"step": 3\n'
     run.metrics_file.write_bytes(damaged)
-    run.forget_after(5)
+    run.forget_after(5, epochs=1)
     assert caplog.messages == [f"{run.metrics_file}: passed over damaged lines 2, 3, 4, 6"]
     assert run.read_metrics() == [{"step": 1}, {"step": 2}]
     assert len(caplog.messages) == 1
@@ -227,9 +227,19 @@ def test_lines_are_kept_up_to_the_step_of_the_checkpoint(tmp_path: Path) -> None
         run.append_step({"step": step})
     with run.metrics_file.open("a") as stream:
         stream.write('{"step": 4, "lo')  # cut short by a kill
-    run.forget_after(2)
+    run.forget_after(2, epochs=1)
     assert run.read_metrics() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
     assert run.steps_file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_line_of_an_epoch_without_the_checkpoint_of_its_end_is_dropped(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for epoch, step in ((1, 3), (2, 6)):
+        run.append_metrics({"epoch": epoch, "step": step})
+        run.append_step({"epoch": epoch, "step": step})
+    run.forget_after(6, epochs=1)  # of a checkpoint after step 6, before the evaluation
+    assert run.read_metrics() == [{"epoch": 1, "step": 3}]
+    assert len(run.steps_file.read_text().splitlines()) == 2
 
 
 def test_restarted_job_finds_the_directory_of_its_first_attempt(tmp_path: Path) -> None:
