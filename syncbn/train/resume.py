@@ -7,7 +7,7 @@ from syncbn.errors import TrainingError
 from syncbn.train.agreement import from_rank_0, together
 from syncbn.train.generators import restore_generators, seed_generators
 from syncbn.train.plan import Plan
-from syncbn.train.run.checkpoint import Checkpoint, read_newest
+from syncbn.train.run.checkpoint import Checkpoint, name_best, read_newest
 from syncbn.train.run.directory import RunDirectory
 from syncbn.train.schema import Shares
 from syncbn.train.setup import Training
@@ -72,7 +72,10 @@ def _begin(training: Training, rank: int) -> None:
 
 
 def _read(run: RunDirectory) -> Checkpoint | None:
-    return read_newest(run.checkpoints_dir)
+    checkpoint = read_newest(run.checkpoints_dir)
+    if checkpoint is not None and checkpoint.is_best:
+        name_best(run.checkpoints_dir, checkpoint.position)
+    return checkpoint
 
 
 def _restore(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ class Checkpoint:
     states: dict[str, Any] = field(repr=False)
     generators: list[dict[str, Any]] = field(repr=False)
     data_sha256: str = ""
+
+    @property
+    def is_best(self) -> bool:
+        """Whether it was taken at the end of the best epoch."""
+        latest = self.metrics.get("epoch")
+        return (
+            self.position.samples == 0 and latest is not None and latest == self.best.get("epoch")
+        )
 
 
 def encode(checkpoint: Checkpoint) -> bytes:
@@ -120,13 +129,35 @@ def read_newest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def name_best(directory: Path, position: Position) -> None:
+    """Let the checkpoint of a position be the best one, if a kill came before it was.
+
+    Raises:
+        TrainingError: its file cannot be given a second name.
+    """
+    file, best = _file(directory, position), directory / BEST
+    temporary = file.with_suffix(".tmp")
+    try:
+        if best.exists() and best.samefile(file):
+            return
+        temporary.unlink(missing_ok=True)  # which that kill may have left
+        _link(file, temporary)
+        temporary.replace(best)
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {best}: {error.strerror}; make room, and resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class CheckpointWriter:
     """Writes checkpoints of a run in the background, one at a time, and deletes old ones.
 
     A kill at any moment leaves the files that were there, and a new one whole or not at all.
 
     Args:
-        directory: where they go; made if need be.
+        directory: where they go; made if need be. What a kill has left half written is deleted.
         keep: how many are kept, besides the best.
     """
 
@@ -135,6 +166,10 @@ class CheckpointWriter:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        # One may be a second name of a checkpoint, which writing to it would damage.
+        for temporary in directory.glob("*.tmp"):
+            with suppress(OSError):  # as writing will say
+                temporary.unlink()
 
     def write(self, checkpoint: Checkpoint, is_best: bool) -> None:
         """Copy the state and write the copy in the background, after any earlier write.
@@ -165,7 +200,7 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint, is_best: bool) -> None:
         self._directory.mkdir(exist_ok=True)
-        file = self._directory / f"step-{checkpoint.position.step:09d}.ckpt"
+        file = _file(self._directory, checkpoint.position)
         temporary = file.with_suffix(".tmp")
         try:
             with temporary.open("wb") as stream:
@@ -173,7 +208,7 @@ class CheckpointWriter:
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.replace(file)
-            if is_best:
+            if is_best:  # a kill before this is made up for by `name_best`
                 _link(file, temporary)
                 temporary.replace(self._directory / BEST)
         finally:
@@ -181,6 +216,10 @@ class CheckpointWriter:
         _sync(self._directory)
         for old in checkpoint_files(self._directory)[self._keep :]:
             old.unlink()
+
+
+def _file(directory: Path, position: Position) -> Path:
+    return directory / f"step-{position.step:09d}.ckpt"
 
 
 def _step(file: Path) -> int:

@@ -15,6 +15,7 @@ from syncbn.train.run.checkpoint import (
     Position,
     checkpoint_files,
     encode,
+    name_best,
     read_checkpoint,
     read_newest,
 )
@@ -57,6 +58,65 @@ def test_newest_are_kept_and_the_best(tmp_path: Path) -> None:
     ]
     assert read_checkpoint(tmp_path / BEST).position.step == 1
     assert {file.name for file in tmp_path.iterdir() if file.suffix != ".ckpt"} == set()
+
+
+def _write_until_killed(
+    monkeypatch: pytest.MonkeyPatch, file: Path, step: int, best: int = -1
+) -> None:
+    """Write, and be killed, as far as files show it, right before a file appears."""
+    replace = Path.replace
+    with monkeypatch.context() as patch:
+
+        def die(self: Path, target: Path) -> Path:
+            if target == file:
+                patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+                raise RuntimeError("killed")
+            return replace(self, target)
+
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            _write(file.parent, step, best=best)
+
+
+def _kill_before_best(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(directory, 1, best=1)
+    _write_until_killed(monkeypatch, directory / BEST, 2, best=2)
+    names = {file.name for file in directory.iterdir()}
+    assert names == {BEST, *(f"step-00000000{name}" for name in ("1.ckpt", "2.ckpt", "2.tmp"))}
+    assert read_checkpoint(directory / BEST).position.step == 1
+
+
+def test_best_checkpoint_gets_its_name_after_a_kill_before_it_had_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill_before_best(tmp_path, monkeypatch)
+    for _ in range(2):
+        name_best(tmp_path, Position(step=2))
+        assert read_checkpoint(tmp_path / BEST).position.step == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_second_name_that_a_kill_left_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kill_before_best(tmp_path, monkeypatch)
+    # The state before a step that cannot be made.
+    _write_until_killed(monkeypatch, tmp_path / "step-000000002.ckpt", 2)
+    newest = read_newest(tmp_path)
+    assert newest is not None
+    assert newest.position.step == 2
+    _write(tmp_path, 3)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_checkpoint_is_the_best_if_it_ends_the_best_epoch() -> None:
+    def at(samples: int, epoch: float, best: float) -> Checkpoint:
+        return Checkpoint(Position(2, samples), 1, {"epoch": epoch}, {"epoch": best}, [], {}, [])
+
+    assert at(0, 2, 2).is_best
+    assert not at(0, 2, 1).is_best
+    assert not at(8, 2, 2).is_best  # within the next epoch
+    assert not Checkpoint(Position(), 1, {}, {}, [], {}, []).is_best
 
 
 def test_state_may_change_while_it_is_written(tmp_path: Path) -> None:
