@@ -1,3 +1,4 @@
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_runs_that_publish_at_once_get_versions_of_their_own(tmp_path: Path) -> 
     assert _versions(tmp_path / "models") == [str(number) for number in range(1, 9)]
     written = {path.read_text() for path in (tmp_path / "models").glob("m/*/bundle.json")}
     assert len(written) == 8
+
+
+def test_copy_of_a_killed_attempt_is_removed_and_one_under_way_is_not(tmp_path: Path) -> None:
+    models = tmp_path / "models" / "m"
+    models.mkdir(parents=True)
+    for name in (".new.killed", ".new.busy"):
+        _bundle(models / name, "{}")
+    busy = os.open(models / ".new.busy", os.O_RDONLY)
+    fcntl.flock(busy, fcntl.LOCK_EX)
+    publish(_bundle(tmp_path / "bundle", "{}"), tmp_path / "models", "m")
+    os.close(busy)
+    assert {path.name for path in models.iterdir() if path.is_dir()} == {"1", ".new.busy"}
 
 
 def test_failure_leaves_nothing_behind_and_says_how_to_go_on(tmp_path: Path) -> None:
