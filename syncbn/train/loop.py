@@ -129,6 +129,8 @@ class _Loop:
             while self._goes_on():
                 stopped = self._train_epoch() or self._end_epoch()
                 if stopped:
+                    self._checkpoint(is_best=False)
+                    self.records.finish()
                     return self._stop(stopped, started)
         self.records.finish()
         return self._export(started)
@@ -264,9 +266,7 @@ class _Loop:
         self.records.write_checkpoint(make, is_best)
 
     def _stop(self, number: int, started: float) -> Result:
-        """Write the state, and return how the run was stopped."""
-        self._checkpoint(is_best=False)
-        self.records.finish()
+        """Return how the run was stopped, of which the state is written."""
         self.journal.finish(is_whole=False)
         name = signal.Signals(number).name
         error = f"stopped by {name} after step {self.state.position.step}"
@@ -290,7 +290,7 @@ class _Loop:
         exported = export(
             self.training, self.run, feed.dataset, best, batches, evaluate_once, self._told
         )
-        if exported is None:
+        if exported is None:  # what the model holds now is the best epoch's, and not to be written
             return self._stop(self._told(), started)
         self.journal.finish(is_whole=True)
         evaluations = [record.model_dump() for record in exported.evaluations]
