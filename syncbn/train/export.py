@@ -13,7 +13,7 @@ from torch import nn
 from syncbn.bundle import Estimate, read_manifest, write_bundle
 from syncbn.bundle import Evaluation as Record
 from syncbn.errors import BundleError
-from syncbn.train.agreement import from_rank_0
+from syncbn.train.agreement import from_rank_0, together
 from syncbn.train.data import Batch, Dataset
 from syncbn.train.data.sampling import Samples
 from syncbn.train.description import describe
@@ -75,16 +75,17 @@ def export(
         None if a rank was told to stop before all was known; nothing was written then.
 
     Raises:
-        TrainingError: the bundle cannot be published, on rank 0 alone; the run directory is
-            complete then.
+        TrainingError: the best epoch's checkpoint cannot be read, on every rank; or the bundle
+            cannot be published, on rank 0 alone, and the run directory is complete then.
     """
     model = training.exported
     name = "model" if training.average is None else "average"
-    state: Any = None
-    if run is not None:
-        state = read_checkpoint(run.checkpoints_dir / BEST).states[name]
+
+    def read() -> Any:
+        return None if run is None else read_checkpoint(run.checkpoints_dir / BEST).states[name]
+
     trained = training.model if training.average is None else training.average
-    trained.load_state_dict(from_rank_0(state))
+    trained.load_state_dict(from_rank_0(together(read)))
     if dataset.validation is None:
         log.info("no validation data tell which epoch is the best: the last one is exported")
     split, samples = _held_out(dataset)
@@ -169,6 +170,8 @@ def _write(
 ) -> None:
     """Write the bundle and the curves, and publish it if that is configured."""
     config = training.config
+    for temporary in run.path.glob(f".{run.bundle_dir.name}.*"):  # an attempt was killed right here
+        shutil.rmtree(temporary, ignore_errors=True)
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     description = describe(config, training.task, training.architecture, dataset, finite, records)
     if run.bundle_dir.exists() and not _is_of(run.bundle_dir, description.config_sha256):
