@@ -1,0 +1,163 @@
+"""Runs that are stopped or killed at any of their places end as if they had not been.
+
+What a kill leaves is what lies on the disk, so a run is gone on with from each content that its
+directory ever had; that is more than killing it, as contents that are alike are tried once. What a
+signal to stop does depends on the next look for it alone, so it is sent right before each look.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+from typing import Any
+
+import pytest
+
+from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
+from syncbn.train.run.command import main as list_runs
+from syncbn.train.run.comparison import find_runs
+from tests.support.attempts import STOPPED, Attempt, TinyRun, snapshots
+from tests.support.jobs import comparable
+from tests.support.places import IGNORED, LOOK, RANDOM, Act, Snapshot, digest, kind
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+# Three steps an epoch. max_steps=3 of one epoch, or 6 of two, are the same steps as without.
+CASES = {
+    "one epoch": ("epochs=1",),
+    "one epoch, ended within": ("epochs=1", "max_steps=2"),
+    "two epochs": ("epochs=2",),
+    "two epochs, ended after the first": ("epochs=2", "max_steps=3"),
+    "two epochs, ended within the second": ("epochs=2", "max_steps=4"),
+}
+
+
+class Whole:
+    """What a run comes to that nobody stops, and all that it passes.
+
+    Args:
+        directory: for it.
+        overrides: of the configuration.
+    """
+
+    def __init__(self, directory: Path, *overrides: str) -> None:
+        self.run = TinyRun(directory / "work", *overrides)
+        kept: dict[str, Snapshot] = {}
+        ends: list[dict[str, Any]] = []
+        attempts: list[Attempt] = []
+        for writes in ("at once", "late"):
+            (directory / writes).mkdir()
+            self.run.clear()
+            attempts.append(self.run.attempt(Act(writes=writes, snapshots=directory / writes)))
+            assert attempts[-1].codes == [0, 0], self.run.output()
+            ends.append(end(self.run))
+            for snapshot in snapshots(directory / writes):
+                kept.setdefault(digest(snapshot.files), snapshot)
+        assert ends[0] == ends[1]
+        self.end = ends[0]
+        self.places = attempts[0].places
+        self.snapshots = list(kept.values())
+
+    def check_end(self, where: str) -> None:
+        """Go on until the run is finished, and compare what it came to."""
+        self.run.finish()
+        found = end(self.run)
+        others = {name for name in found | self.end if found.get(name) != self.end.get(name)}
+        assert not others, f"{where}: {sorted(others)} differ"
+
+    def check_kill(self, snapshot: Snapshot) -> None:
+        """Go on from what a kill leaves."""
+        self.run.clear(snapshot.files)
+        result = self.run.directory.read_result()
+        check_listed(self.run, "unknown" if result is None else result.status)
+        self.check_end(f"killed at {snapshot.place!r}")
+
+    def check_stop(self, rank: int, at: int) -> None:
+        """Tell a rank to stop right before it looks, and go on."""
+        self.run.clear()
+        attempt = self.run.attempt(Act(rank=rank, signal=SIGTERM, at=at))
+        where = f"rank {rank} stopped at place {at}, after {self.places[rank][at - 1]!r}"
+        assert attempt.codes == [STOPPED, STOPPED], f"{where}: {attempt.codes}"
+        check_listed(self.run, "interrupted")
+        self.check_end(where)
+
+
+def end(run: TinyRun) -> dict[str, Any]:
+    """Return the content of a finished run's files, in a comparable form."""
+    newest = checkpoint_files(run.directory.checkpoints_dir)[0]
+    found: dict[str, Any] = {}
+    for name, content in run.files().items():
+        file = run.work / name
+        if IGNORED.search(name):
+            continue
+        if file.suffix != ".ckpt":
+            found[RANDOM.sub(".temporary", name)] = content
+        elif not file.name.startswith("step-") or file == newest:  # older ones may be others
+            found[name] = comparable(vars(read_checkpoint(file)))
+    return found
+
+
+def check_listed(run: TinyRun, status: str) -> None:
+    """Check what `syncbn-runs` says of a run."""
+    (listed,) = find_runs([run.directory.path])
+    assert (listed.status, listed.damage) == (status, [])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        list_runs([str(run.directory.path)])
+    assert status in printed.getvalue()
+
+
+def looks(places: list[str]) -> Iterable[tuple[str, int]]:
+    """Yield where a rank looks whether it was told to stop: after what, and which place it is."""
+    for number, place in enumerate(places):
+        if place == LOOK:
+            yield kind(places[number - 1]), number
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A run of two epochs that ends within the second."""
+    return Whole(tmp_path_factory.mktemp("places"), *CASES["two epochs, ended within the second"])
+
+
+def test_run_killed_at_each_kind_of_place_ends_bit_identical(whole: Whole) -> None:
+    last = {kind(snapshot.place): snapshot for snapshot in whole.snapshots}
+    for snapshot in last.values():
+        whole.check_kill(snapshot)
+
+
+def test_run_stopped_at_each_kind_of_look_ends_bit_identical(whole: Whole) -> None:
+    for rank in (0, 1):
+        for number, at in enumerate(dict(looks(whole.places[rank])).values()):
+            if number % 2 == rank:
+                whole.check_stop(rank, at)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_run_killed_at_any_place_ends_bit_identical(case: str, tmp_path: Path) -> None:
+    whole = Whole(tmp_path, *CASES[case])
+    for snapshot in whole.snapshots:
+        whole.check_kill(snapshot)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_run_stopped_at_any_look_ends_bit_identical(case: str, tmp_path: Path) -> None:
+    whole = Whole(tmp_path, *CASES[case])
+    for rank in (0, 1):
+        for number, (_, at) in enumerate(looks(whole.places[rank])):
+            if number % 2 == rank:  # the ranks look at the same places
+                whole.check_stop(rank, at)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_killed_at_each_kind_of_place_ends_bit_identical(whole: Whole, rank: int) -> None:
+    last = {kind(place): number for number, place in enumerate(whole.places[rank])}
+    for place, at in last.items():
+        whole.run.clear()
+        attempt = whole.run.attempt(Act(rank=rank, signal=SIGKILL, at=at))
+        assert attempt.codes[rank] == -SIGKILL
+        whole.check_end(f"rank {rank} killed at {place!r}")
