@@ -164,9 +164,9 @@ def test_what_does_not_fit_the_data_is_said_before_training(
     ],
 )
 def test_loss_and_model_that_do_not_fit_end_the_run_before_its_first_step(
-    tmp_path: Path, change: list[str], message: str
+    world_of_one: None, tmp_path: Path, change: list[str], message: str
 ) -> None:
-    (text,) = run_world(1, explained, [f"run_dir={tmp_path / 'run'}", *change])
+    text = explained([f"run_dir={tmp_path / 'run'}", *change])
     assert text.startswith(f"ConfigError: {message}"), text
     assert not (tmp_path / "run" / "steps.jsonl").exists()
 
