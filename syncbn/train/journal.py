@@ -1,6 +1,7 @@
 """What is shown and written of steps and epochs while they are made."""
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Generator
@@ -98,7 +99,8 @@ class Journal:
                 "epoch": step.after.epoch + step.after.samples / self._plan.samples,
                 "lr": step.rate,
                 "loss": step.loss,
-                **statistics,
+                # A step in which no pixel counts has none, and NaN is not JSON.
+                **{key: value for key, value in statistics.items() if not math.isnan(value)},
                 "images_per_s": speed,
                 **step.extra,
             }
