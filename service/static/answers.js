@@ -30,7 +30,7 @@ function row(name, share, ...before) {
 
 const present = ({ shares }) =>
   Object.entries(shares)
-    .map(([name, share], index) => ({ name, share, index }))
+    .map(([name, share]) => ({ name, share }))
     .filter(({ share }) => share > 0)
     .sort((one, other) => other.share - one.share);
 
@@ -42,13 +42,14 @@ export function segmentsInWords(prediction) {
 
 /**
  * The classes of a mask with their colors and shares, and what sets how much of the picture is
- * seen through it. The mask is laid over the picture in `frame`.
+ * seen through it. The mask is laid over the picture in `frame`. `names` are those of all classes in
+ * the order of the palette, which the keys of `shares` do not keep: names such as "3" come first.
  */
-export function segments(prediction, palette, frame, fileName) {
+export function segments(prediction, names, palette, frame, fileName) {
   const found = present(prediction);
-  const legend = found.slice(0, SHOWN_SEGMENTS).map(({ name, share, index }) => {
+  const legend = found.slice(0, SHOWN_SEGMENTS).map(({ name, share }) => {
     const swatch = make("span", { class: "swatch", "aria-hidden": "true" });
-    const color = palette?.[index];
+    const color = palette?.[names.indexOf(name)];
     if (color) swatch.style.setProperty("--color", `rgb(${color.map(Number).join(" ")})`);
     return row(name, share, swatch);
   });

@@ -224,7 +224,7 @@ async function work() {
     const form = new FormData();
     form.append("files", file);
     const start = performance.now();
-    const { task, palette } = parametersOf.get(model) ?? {};
+    const { task, classes: names = [], palette } = parametersOf.get(model) ?? {};
     const query = task === "segmentation" ? "?mask=png" : "";
     const answer = await fetchJson(`predict/${encodeURIComponent(model)}${query}`, {
       method: "POST",
@@ -234,7 +234,7 @@ async function work() {
     const [prediction] = answer.predictions;
     say(small, `${answer.model_name}, version ${answer.model_version}, ${took}`);
     if (prediction.shares) {
-      body.replaceWith(segments(prediction, palette, frame, file.name));
+      body.replaceWith(segments(prediction, names, palette, frame, file.name));
       announce(`${file.name}: ${segmentsInWords(prediction)}`);
     } else if (prediction.output) {
       body.replaceWith(values(prediction));

@@ -39,6 +39,8 @@ def service(browser: Chromium, tmp_path_factory: pytest.TempPathFactory) -> Gene
     directory = tmp_path_factory.mktemp("segments")
     models = directory / "models"
     write_segmenter(models / "segments", palette=PALETTE, evaluations=(EVALUATION,))
+    digits = ("ground", "1", "0")  # which JavaScript puts into another order
+    write_segmenter(models / "digits", name="digits", classes=digits, palette=PALETTE)
     write_segmenter(models / "many", name="many", classes=tuple(map(str, range(300))))
     write_segmenter(models / "markup", name="markup", classes=(MARKUP, "b", "c"))
     write_vectors(models / "vectors")
@@ -78,10 +80,13 @@ def test_evaluations_are_told_in_words_instead_of_the_metrics(tab: Tab) -> None:
     )
 
 
-def test_mask_lies_over_the_middle_of_the_picture(tab: Tab, service: Service) -> None:
+@pytest.mark.parametrize("model", ["segments", "digits"])
+def test_mask_lies_over_the_middle_of_the_picture_and_the_legend_has_its_colors(
+    tab: Tab, service: Service, model: str
+) -> None:
     picture = _picture()
-    _drop_on(tab, "segments", picture)
-    shares = _answer(service, "segments", picture)
+    _drop_on(tab, model, picture)
+    shares = _answer(service, model, picture)
     mask = tab.page.locator(".overlaid .mask")
     expect(mask).to_be_visible()
     assert mask.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [8, 6]
