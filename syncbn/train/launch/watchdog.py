@@ -61,7 +61,10 @@ class Watch:
     - what does not, as reading a large file in one call, with `working`: all of it may take
       `load_timeout_s`, and the other ranks wait as long.
 
-    Communicates: one small value to the store each second.
+    A rank that is told to stop tells the others, which hear of it within two seconds, whatever they
+    do: an evaluation would otherwise go on on those whose machine was not told.
+
+    Communicates: two small values to and from the store each second.
 
     Args:
         store: a connection to the ranks' store that nothing else uses.
@@ -70,6 +73,10 @@ class Watch:
         timeout_s: how long ranks wait for each other.
         stop_timeout_s: how long stopping may take.
         load_timeout_s: how long work without parts may take.
+
+    Attributes:
+        stop_signal: the number of the signal that told this rank or another to stop; 0: none did.
+        is_told: whether it was this rank.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class Watch:
         load_timeout_s: float = 1800,
     ) -> None:
         self.stop_signal = 0
+        self.is_told = False
         self._store = store
         self._rank = rank
         self._world_size = world_size
@@ -220,7 +228,7 @@ class Watch:
                 for rank in range(self._world_size)
                 if not self._store.check([f"failed/{rank}"])
             ]
-            if not hanging or self.stop_signal:
+            if not hanging or self.is_told:
                 return ""
             before = {rank: self._last_beat(rank) for rank in hanging}
             for rank in hanging:
@@ -237,7 +245,7 @@ class Watch:
     def _give_time(self) -> None:
         """Wait for the others' answers, but not where this rank is told to stop meanwhile."""
         latest = time.monotonic() + _ANSWER_S
-        while time.monotonic() < latest and not self.stop_signal:
+        while time.monotonic() < latest and not self.is_told:
             time.sleep(0.05)
 
     def _last_beat(self, rank: int) -> dict[str, Any]:
@@ -246,9 +254,10 @@ class Watch:
         return json.loads(self._store.get(f"beat/{rank}"))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.stop_signal:
-            self.stop_signal = number
-            self._told_at = time.monotonic()
+        if not self.is_told:
+            self._told_at = time.monotonic()  # first, as another thread looks at it
+            self.is_told = True
+            self.stop_signal = self.stop_signal or number
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -257,11 +266,10 @@ class Watch:
             if self._asked.is_set():
                 log.error("rank %d hangs, %s at step %d, and is ended", self._rank, doing, step)
                 self._leave(1)
-            if os.getppid() != self._parent and not self.stop_signal:
+            if os.getppid() != self._parent and not self.is_told:
                 log.error("rank %d: the process that started it is gone; stopping", self._rank)
                 self._note(signal.SIGTERM, None)
-            told_s = time.monotonic() - self._told_at
-            if self.stop_signal and told_s > self._stop_timeout_s:
+            if self.is_told and time.monotonic() - self._told_at > self._stop_timeout_s:
                 log.error(
                     "rank %d did not stop within %g s (%s since step %d)",
                     self._rank,
@@ -278,7 +286,7 @@ class Watch:
             self._ended.wait(_BEAT_S / 4)
 
     def _tell(self) -> None:
-        """Tell the store each second where this rank is, and hear whether others ask for it."""
+        """Tell the store each second where this rank is, and hear what others say."""
         while not self._ended.is_set():
             step, doing, since, _ = self._place
             try:
@@ -289,6 +297,10 @@ class Watch:
                 self._store.set(f"beat/{self._rank}", json.dumps(beat | who))
                 if self._store.check([f"stack/{self._rank}"]):
                     self._asked.set()
+                if self.is_told:
+                    self._store.set("stop", str(self.stop_signal))
+                elif not self.stop_signal and self._store.check(["stop"]):
+                    self.stop_signal = int(self._store.get("stop"))
                 self._answered_at = time.monotonic()
             except Exception:  # the main thread finds out for itself, and says so
                 log.debug("rank %d cannot tell the store where it is", self._rank)

@@ -203,7 +203,7 @@ def _work(prepare: Callable[[], Job]) -> int:
         reason = watch.blame() if others else ""
         if reason:
             log.error("rank %d gave up waiting: %s", rank, reason)
-        elif others and watch.stop_signal:
+        elif others and watch.is_told:
             reason, known = "another rank failed", False  # as whoever stopped this one will say
         else:
             reason = f"rank {rank} failed: {error}"

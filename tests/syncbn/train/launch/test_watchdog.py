@@ -1,4 +1,5 @@
 import os
+import signal
 import threading
 import time
 from collections.abc import Generator
@@ -78,9 +79,9 @@ def _hang(kind: str) -> None:
                 time.sleep(60)
 
 
-def _end_of(target: Any, kind: str) -> tuple[int | None, float]:
+def _end_of(target: Any, *args: str) -> tuple[int | None, float]:
     began = time.monotonic()
-    rank = CONTEXT.Process(target=target, args=(kind,))
+    rank = CONTEXT.Process(target=target, args=args)
     rank.start()
     rank.join(45)
     rank.kill()
@@ -132,3 +133,24 @@ def test_error_that_the_ranks_do_not_tell_each_other_is_raised_at_once() -> None
     with pytest.raises(ZeroDivisionError), _watch(store, 0, 2).working(0, "loading data"):
         raise ZeroDivisionError
     assert store.check(["done/1/0"])  # so the other one does not wait for it
+
+
+def _hear_of_a_stop() -> None:
+    store = TCPStore("localhost", 0, is_master=True)
+    with _watched(store) as told:
+        other = _watch(store, 1, world_size=2)
+        other.start()
+        told.heed_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (told.stop_signal, told.is_told) == (signal.SIGTERM, True)
+        deadline = time.monotonic() + 10
+        while not other.stop_signal and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (other.stop_signal, other.is_told) == (signal.SIGTERM, False)
+    os._exit(7)
+
+
+def test_rank_hears_that_another_was_told_to_stop() -> None:
+    code, duration_s = _end_of(_hear_of_a_stop)
+    assert code == 7
+    assert duration_s < 10
