@@ -81,6 +81,11 @@ def kind(place: str) -> str:
     return _COUNT.sub("#", place)
 
 
+def is_of_a_file(place: str) -> bool:
+    """Return whether a place is the moment before a file is changed."""
+    return f"os.{place.split()[0]}" in _MUTATIONS or place.startswith("open ")
+
+
 def read_files(directory: Path) -> Files:
     """Return what lies in a directory."""
     return {
