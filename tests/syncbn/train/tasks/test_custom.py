@@ -1,8 +1,9 @@
 """A task of the user's own: a regression, from training to the bundle."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,9 @@ class Regression:
     maximize = False
     statistics = 2
     weighs_samples_alike = True
-    proportions: ClassVar[Any] = {}
 
     def __init__(self, scale: float = 1.0) -> None:
+        self.proportions: Mapping[str, tuple[int, int]] = {}
         self._scale = scale
 
     def model_arguments(self) -> dict[str, Any]:
@@ -211,7 +212,9 @@ class Tensors(Regression):
 
 
 class Misplaced(Regression):
-    proportions: ClassVar[Any] = {"squared_error": (0, 7)}
+    def __init__(self) -> None:
+        super().__init__()
+        self.proportions = {"squared_error": (0, 7)}
 
 
 class Negative(Regression):
