@@ -97,7 +97,8 @@ def launch(opened: OpenRun, more: bool = False) -> Result:
         finally:
             agent.kill()
     result = run.read_result()
-    if result is None or (code != 0 and result.status == "finished"):
+    # A signal may end ranks that have said already that all is done.
+    if result is None or (code != 0 and result.status == "finished" and not told):
         if told:
             result = Result("interrupted", "stopped before the first step", {}, 0, 128 + told[0])
         else:

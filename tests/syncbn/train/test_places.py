@@ -182,3 +182,16 @@ def test_rank_killed_at_each_kind_of_place_ends_bit_identical(whole: Whole, rank
     for place, at in last.items():
         if not is_of_a_file(place):  # what it leaves was gone on with above
             whole.check_rank_killed(rank, at)
+
+
+@pytest.mark.long
+def test_run_stopped_in_an_evaluation_and_killed_when_it_goes_on_ends_bit_identical(
+    whole: Whole, tmp_path: Path
+) -> None:
+    run, places = whole.run, whole.places[1]
+    at = places.index(LOOK, places.index("evaluating, step 4"))  # after the last step
+    run.clear()
+    assert run.attempt(Act(rank=1, signal=SIGTERM, at=at)).codes == [STOPPED, STOPPED]
+    assert run.attempt(Act(snapshots=tmp_path)).codes == [0, 0]
+    for snapshot in snapshots(tmp_path):
+        whole.check_kill(snapshot)

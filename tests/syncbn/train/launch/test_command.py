@@ -5,12 +5,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from syncbn.bundle import read_bundle
-from syncbn.train.run.directory import RunDirectory
+from syncbn.train.config import compose_config
+from syncbn.train.launch import command as module
+from syncbn.train.run.directory import Result, RunDirectory, open_run
 from syncbn.train.schema import CnnConfig
 from tests.support.jobs import SMALL, Job, children, is_alive, under_torchrun, wait_until
 from tests.support.processes import TORCHRUN, TRAIN, run
@@ -249,3 +253,22 @@ def test_torchrun_starts_a_killed_rank_again_in_the_same_directory(tmp_path: Pat
     finished = _the_run(tmp_path)
     assert [line["epoch"] for line in finished.read_metrics()] == [1, 2, 3, 4, 5, 6]
     assert finished.log_file.read_text().count("2 ranks on cpu") == 2
+
+
+def test_run_that_finished_stays_so_if_a_signal_ends_its_last_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(agent: Any, told: list[int], stop_timeout_s: float) -> int:
+        told.append(signal.SIGTERM)
+        return 128 + signal.SIGTERM
+
+    agent = SimpleNamespace(process=None, give=lambda opened: None, kill=lambda: None)
+    monkeypatch.setattr(module, "_Agent", lambda threads: agent)
+    monkeypatch.setattr(module, "_wait", wait)
+    finished = Result("finished", None, {"val_accuracy": 0.5}, 1, 0)
+    with open_run(compose_config([f"run_dir={tmp_path / 'run'}"])) as opened:
+        opened.directory.write_result(finished)
+        with pytest.raises(SystemExit) as ended:
+            module.launch(opened)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert opened.directory.read_result() == finished
