@@ -203,11 +203,14 @@ def default_metric(runs: Sequence[Run]) -> str:
     for name in _TELLING:
         if counts[name]:
             return name
-    others = [name for name in counts if name.startswith("val_") and name != "val_loss"]
-    return others[0] if others else _TELLING[0]
+    for prefix in ("val_", "train_"):
+        others = [n for n in counts if n.startswith(prefix) and n != f"{prefix}loss"]
+        if others:
+            return others[0]
+    return _TELLING[0]
 
 
-# The last ones are those of earlier versions, and of runs without validation data.
+# test_accuracy is of earlier versions.
 _TELLING = ("val_accuracy", "val_mean_iou", "test_accuracy", "train_accuracy", "train_mean_iou")
 
 
