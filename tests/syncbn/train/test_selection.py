@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from syncbn.train.config import compose_config
+from syncbn.train.data import Dataset
 from syncbn.train.run.directory import RunDirectory
 from syncbn.train.run.report import summarize
 from syncbn.train.selection import objective, quality
@@ -122,6 +123,33 @@ def test_both_statistics_are_measured_on_the_same_test_samples(tmp_path: Path) -
 
     manifest = read_manifest(tmp_path / "run" / "bundle")
     assert [each.model_dump() for each in manifest.evaluations] == result.evaluations
+
+
+def make_without_test() -> Dataset:
+    labels = torch.arange(40) % 3
+    return dataset_of(labels, 3, validation=labels[:9])
+
+
+def make_training_alone() -> Dataset:
+    return dataset_of(torch.arange(40) % 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("factory", "splits"), [("make_without_test", ["validation"]), ("make_training_alone", [])]
+)
+def test_without_test_data_the_validation_data_tell_or_nothing_does(
+    tmp_path: Path, factory: str, splits: list[str]
+) -> None:
+    overrides = ["data=custom", f"data.factory={__name__}:{factory}", "data.validation=0"]
+    overrides += ["epochs=1", "data.batch_size=8", f"run_dir={tmp_path / 'run'}"]
+    result, _ = run_world(2, train_small, overrides)
+    assert [each["split"] for each in result.evaluations] == splits
+    assert not any(name.startswith("test_") for name in result.metrics)
+    if splits:
+        (evaluation,) = result.evaluations
+        assert evaluation["samples"] == 9
+        assert evaluation["metrics"]["accuracy"]["value"] == result.metrics["val_accuracy"]
+    assert (tmp_path / "run" / "bundle" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("patience", ["0", "-1", "1.5"])
