@@ -131,7 +131,8 @@ LOOPS: dict[str, Callable[[nn.Module, TensorDataset, int], Callable[[], float] |
 class _Turns(Watch):
     """Hears where the trainer is, times its epochs, and lets the others train one before or after.
 
-    An epoch of ours lasts from its first batch to its evaluation. A checkpoint that is still being
+    An epoch of ours lasts from its first batch to its checkpoint, as nothing is evaluated without
+    validation data. A checkpoint that is still being
     written when the next begins is waited for, so that nobody's epoch pays for it.
 
     Args:
@@ -157,16 +158,15 @@ class _Turns(Watch):
             if even:
                 self._let(list(self._others))
             self._began = _together()
-        elif doing == "evaluating" and self._began:
+        elif doing == "writing a checkpoint" and self._began:
             self.times["ours"].append(_together() - self._began)
             self._began = 0.0
             if not even:
                 self._let(list(self._others)[::-1])
 
     def _let(self, names: list[str]) -> None:
-        with torch.inference_mode(False):  # an evaluation is in that mode
-            for name in names:
-                self.times[name].append(self._others[name]())
+        for name in names:
+            self.times[name].append(self._others[name]())
 
 
 def _is_written(checkpoints: Path, step: int) -> bool:
