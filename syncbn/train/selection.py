@@ -27,15 +27,18 @@ def quality(metrics: Mapping[str, float], task: Task) -> tuple[float, float]:
     return value if task.maximize else -value, -metrics[f"{prefix}loss"]
 
 
-def objective(metrics: Mapping[str, float], task: Task) -> float:
+def objective(metrics: Mapping[str, float], task: Task) -> float | None:
     """Return what a sweep minimizes: 1 − the task's metric, or the metric if less is better.
+
+    None if that is not finite, which a sweeper takes for a failure.
 
     Args:
         metrics: of the epoch that is exported.
         task: says which metric counts.
     """
     value = metrics.get(f"{_prefix(metrics, task)}{task.best}", math.nan)
-    return 1 - value if task.maximize else value
+    error = 1 - value if task.maximize else value
+    return error if math.isfinite(error) else None
 
 
 def _prefix(metrics: Mapping[str, float], task: Task) -> str:
