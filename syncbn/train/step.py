@@ -333,13 +333,24 @@ class Stepper:
 
 
 class _Evaluating:
-    """A context in which a module is in evaluation mode."""
+    """A context in which the layers of a model are in evaluation mode, and the model is not.
+
+    Layers are what has buffers of its own, or no parts. The rest stays as it is: a model that has
+    auxiliary outputs in training gives them for no samples too, or DDP would wait for the gradients
+    of their heads on the other ranks.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._layers = [
+            each
+            for each in module.modules()
+            if each.training and (each._buffers or not each._modules)  # pyright: ignore[reportPrivateUsage] -- its own ones alone
+        ]
 
     def __enter__(self) -> None:
-        self._module.eval()
+        for layer in self._layers:
+            layer.training = False
 
     def __exit__(self, *error: object) -> None:
-        self._module.train()
+        for layer in self._layers:
+            layer.training = True

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from syncbn.bundle import read_bundle
@@ -152,3 +152,36 @@ def test_auxiliary_head_of_torchvision_learns_and_is_not_exported(tmp_path: Path
     assert result.status == "finished"
     manifest = read_bundle(tmp_path / "run" / "bundle").manifest
     assert (manifest.task, manifest.metrics["step"]) == ("segmentation", 1)
+
+
+class _WithAuxiliary(nn.Module):
+    """A model that has a second output while it is in training mode."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(in_channels, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Conv2d(4, num_classes, 1)
+        self.auxiliary = nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x)
+        if self.training:
+            return self.head(features), self.auxiliary(features)
+        return self.head(features)
+
+
+def make_with_auxiliary(in_channels: int, num_classes: int) -> nn.Module:
+    return _WithAuxiliary(in_channels, num_classes)
+
+
+@pytest.mark.parametrize("norm", ["local", "none", "sync"])
+def test_auxiliary_head_learns_though_a_rank_has_no_image_of_the_last_batch(
+    tmp_path: Path, norm: str
+) -> None:
+    # 13 images, 12 a step: rank 1 has none of the last one, twice.
+    overrides = ["task=segmentation", "data=custom", f"data.factory={MODULE}:make_uneven"]
+    overrides += ["model=custom", f"model.factory={MODULE}:make_with_auxiliary"]
+    overrides += [f"norm={norm}", "data.batch_size=6", "epochs=2", f"run_dir={tmp_path / 'run'}"]
+    results = run_world(2, train_small, overrides, deadline_s=30)
+    assert [each.status for each in results] == ["finished"] * 2
+    assert results[0].metrics["step"] in (2, 4)
