@@ -11,7 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.errors import ConfigError
-from syncbn.train.config import compose_config, explain, flatten, from_yaml, to_config
+from syncbn.train.config import (
+    compose_config,
+    explain,
+    explain_quoting,
+    flatten,
+    from_yaml,
+    to_config,
+)
 from syncbn.train.schema import CHOICES, TrainConfig, schemas
 from syncbn.train.schema.resume import why_fixed
 
@@ -126,6 +133,7 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
+        explain_quoting(overrides, error)
         raise explain(error) from error
 
 

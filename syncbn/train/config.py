@@ -67,16 +67,26 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="syncbn-train"):
             composed = compose("config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        for override in overrides:
-            if quoted := _quoted(override):
-                raise ConfigError(
-                    f"{override}: some of these characters mean something to Hydra, which reads "
-                    f"the command line; quote the value for it, and all for the shell: {quoted}"
-                ) from error
+        explain_quoting(overrides, error)
         raise explain(error) from error
     finally:
         GlobalHydra.instance().hydra = around
     return to_config(composed)
+
+
+def explain_quoting(overrides: Sequence[str], error: Exception) -> None:
+    """Raise a ConfigError that says what to type if one of the overrides must be quoted.
+
+    Args:
+        overrides: as on the command line.
+        error: what Hydra's parser made of them.
+    """
+    for override in overrides:
+        if quoted := _quoted(override):
+            raise ConfigError(
+                f"{override}: some of these characters mean something to Hydra, which reads "
+                f"the command line; quote the value for it, and all for the shell: {quoted}"
+            ) from error
 
 
 def _quoted(override: str) -> str | None:

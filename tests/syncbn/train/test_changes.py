@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from syncbn.errors import ConfigError
-from syncbn.train.changes import check_changes, compose_job, resumed_config
+from syncbn.train.changes import check_changes, compose_job, resumed_config, stored_config
 from syncbn.train.config import compose_config, flatten, from_yaml, to_yaml
 from syncbn.train.run.directory import open_run
 from syncbn.train.schema import CHOICES, SECTIONS, TrainConfig
@@ -217,3 +217,8 @@ def test_run_of_an_earlier_version_goes_on_as_it_was_meant(tmp_path: Path) -> No
     typed = [f"run_dir={tmp_path}", "epochs=20"]
     with open_run(compose_job(typed), typed) as opened:
         assert opened.changes == ("epochs=20 (was 12)", f"run_dir={tmp_path} (was null)")
+
+
+def test_path_that_hydra_cannot_read_is_answered_with_how_to_quote_it_for_a_run_too() -> None:
+    with pytest.raises(ConfigError, match=r"quote the value for it.*'data\.path=\"/x/a \(1\)\"'"):
+        stored_config(["run_dir=/x/run", "data.path=/x/a (1)"])
