@@ -129,6 +129,7 @@ class _Loop:
             while self._goes_on():
                 stopped = self._train_epoch() or self._end_epoch()
                 if stopped:
+                    self._check({})
                     self._checkpoint(is_best=False)
                     self.records.finish()
                     return self._stop(stopped, started)
@@ -172,6 +173,7 @@ class _Loop:
             if stop:
                 return stop
             if is_due:
+                self._check({})
                 self._checkpoint(is_best=False)
         return self._note(self.stepper.finish())
 
@@ -213,7 +215,7 @@ class _Loop:
                 return self._told()
             metrics |= {f"{prefix}{name}": value for name, value in found.metrics.items()}
         metrics["images_per_s"] = speed
-        self._check(metrics, epoch)
+        self._check(metrics)
         is_best = not self._judged() or quality(metrics, self.task) > quality(state.best, self.task)
         metrics["best"] = float(is_best)
         state.metrics = metrics
@@ -234,16 +236,17 @@ class _Loop:
             models["ema_val_"] = self.training.exported
         return models
 
-    def _check(self, metrics: dict[str, float], epoch: int) -> None:
+    def _check(self, metrics: dict[str, float]) -> None:
         """Raise if a loss or a weight is not finite, before it is written."""
+        position = self.state.position
         losses = {name: value for name, value in metrics.items() if name.endswith("loss")}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not is_good(self.training.model):
             wrong.append("a weight is not finite")
         if wrong:
             raise TrainingError(
-                f"{', '.join(wrong)} after epoch {epoch}, step {self.state.position.step}; try a "
-                f"lower optim.lr than {self.config.optim.lr:g}, or optim.clip_norm=1"
+                f"{', '.join(wrong)} after step {position.step}, in epoch {position.epoch + 1}; "
+                f"try a lower optim.lr than {self.config.optim.lr:g}, or optim.clip_norm=1"
             )
 
     def _checkpoint(self, is_best: bool) -> None:

@@ -168,3 +168,16 @@ def _good_by_rank(bad_rank: int) -> bool:
 def test_state_of_one_rank_that_is_not_good_is_so_for_all() -> None:
     assert run_world(2, _good_by_rank, 1) == [False, False]
     assert run_world(2, _good_by_rank, 2) == [True, True]
+
+
+def test_weights_that_overflow_reach_no_checkpoint(tmp_path: Path) -> None:
+    # The gradient of the first step is finite, and the step is not.
+    overrides = ["norm=none", "optim.lr=1e39", "schedule.warmup_steps=0"]
+    overrides += ["checkpoint.every_steps=1", f"run_dir={tmp_path / 'run'}"]
+    for late in (None, 3):
+        texts = run_world(2, explained, overrides, late)
+        assert texts[0].startswith(
+            "TrainingError: a weight is not finite after step 1, in epoch 1;"
+        )
+        assert texts[0] == texts[1]
+        assert checkpoint_files(tmp_path / "run" / "checkpoints") == []
