@@ -74,9 +74,9 @@ class Feed:
 
     def held_out(self, samples: Samples) -> Loader:
         """Return this rank's batches of samples, of which each is in one batch of one rank."""
-        return self._load(
-            samples, held_out_batches(len(samples), _HELD_OUT_BATCH_SIZE, *self._place)
-        )
+        # As many as training has memory for, of which a few large images may take all.
+        size = min(_HELD_OUT_BATCH_SIZE, self._config.data.batch_size)
+        return self._load(samples, held_out_batches(len(samples), size, *self._place))
 
     def once_more(self) -> Loader:
         """Return the batches of the training samples of the first epoch, from new workers."""

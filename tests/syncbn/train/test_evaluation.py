@@ -13,9 +13,10 @@ from syncbn.bundle import InputSpec, Preprocessing, read_bundle
 from syncbn.train.config import compose_config
 from syncbn.train.data import Dataset
 from syncbn.train.data.datasets import load_dataset
+from syncbn.train.feed import Feed
 from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.run.directory import RunDirectory
-from tests.support.jobs import outcome
+from tests.support.jobs import outcome, quiet_watch
 from tests.support.runs import explained, train_small
 from tests.support.samples import Pairs, dataset_of
 from tests.support.world import run_world
@@ -176,3 +177,17 @@ def _within(directory: Path, overrides: list[str], stop_at: int | None) -> str:
     if stop_at is None:
         return explained(overrides) or "finished"
     return str(train_small(overrides, stop_at=stop_at).error)
+
+
+def _held_out_sizes(overrides: list[str]) -> list[int]:
+    config = compose_config(overrides)
+    feed = Feed(config, dist.get_rank(), dist.get_world_size(), False, quiet_watch())
+    assert feed.validation is not None
+    return [len(samples) for samples, _ in feed.validation]
+
+
+def test_evaluation_takes_no_more_memory_than_training() -> None:
+    # Images of which a few fill a GPU come in batches of a few, and small ones by the 64.
+    ((*small, _),) = run_world(1, _held_out_sizes, ["data.batch_size=3"])
+    ((*large, _),) = run_world(1, _held_out_sizes, ["data.batch_size=100"])
+    assert (set(small), set(large)) == ({3}, {64})
