@@ -27,7 +27,8 @@ class Segmentation:
     as many pixels as are valid in it.
 
     Metrics: mean_iou, the mean over the classes that are in the masks or the predictions of
-    intersection over union, over all pixels of all images; pixel_accuracy.
+    intersection over union, over all pixels of all images, without the class of `ignore_index`;
+    pixel_accuracy.
 
     Args:
         dataset: whose targets are masks, shape (n, H, W), int64.
@@ -151,8 +152,8 @@ class Segmentation:
         right, found, there = (sums[at * classes : (at + 1) * classes] for at in range(3))
         ratios = [
             hit / (predicted + actual - hit)
-            for hit, predicted, actual in zip(right, found, there, strict=True)
-            if predicted + actual > 0
+            for number, (hit, predicted, actual) in enumerate(zip(right, found, there, strict=True))
+            if predicted + actual > 0 and number != self._ignored
         ]
         return {
             "mean_iou": sum(ratios) / len(ratios) if ratios else math.nan,

@@ -146,6 +146,18 @@ def test_metrics_are_those_of_a_confusion_matrix(forbidden: tuple[int, ...]) -> 
     assert metrics["pixel_accuracy"] == right / int((masks != 255).sum())
 
 
+def test_class_that_is_ignored_is_none_of_those_of_the_mean_iou() -> None:
+    # Pixels of class 0 count nowhere, so the class cannot be found rightly, only wrongly.
+    task, masks = _task(ignore_index=0), _masks()
+    right = functional.one_hot(masks.where(masks != 255, 0), K).movedim(3, 1).double()
+    right[0, 0, masks[0] == 1] = 9  # some pixels are taken for what is ignored
+    metrics = task.metrics(task.observe(right, masks).sum(0).tolist())
+    ones, twos = int((masks == 1).sum()), int((masks == 2).sum())
+    missed = int((masks[0] == 1).sum())
+    assert metrics["mean_iou"] == pytest.approx(((ones - missed) / ones + 1) / 2)
+    assert metrics["pixel_accuracy"] == (ones + twos - missed) / (ones + twos)
+
+
 def test_observations_of_images_add_up_however_they_are_shared() -> None:
     task, masks, logits = _task(), _masks(), _logits()
     whole = task.observe(logits, masks)
