@@ -30,9 +30,9 @@ def wilson(successes: float, trials: float) -> tuple[float, float]:
 def intervals(task: Task, rows: Tensor) -> dict[str, tuple[float, float]]:
     """Return the interval of the loss and of each metric, by name.
 
-    Of proportions Wilson's, unless nothing was tried; of the others by the percentiles of metrics
-    of 1000 samples that are drawn from the rows, with replacement, with a fixed seed: the same rows
-    have the same intervals.
+    Of proportions Wilson's, if something was tried and no more succeeded; of the others by the
+    percentiles of metrics of 1000 samples that are drawn from the rows, with replacement, with a
+    fixed seed: the same rows have the same intervals.
 
     Args:
         task: what makes metrics of sums.
@@ -63,6 +63,6 @@ def intervals(task: Task, rows: Tensor) -> dict[str, tuple[float, float]]:
             found[name] = float(low), float(high)
     totals = table.sum(0).tolist()[2:]
     for name, (successes, trials) in task.proportions.items():
-        if totals[trials]:
+        if totals[trials] and 0 <= totals[successes] <= totals[trials]:
             found[name] = wilson(totals[successes], totals[trials])
     return found

@@ -47,6 +47,14 @@ def test_interval_of_the_loss_is_near_that_of_a_normal_mean() -> None:
     assert found["accuracy"] == wilson(int((losses > 3).sum()), 400)
 
 
+def test_more_successes_than_trials_have_an_interval_by_resampling() -> None:
+    task = Classification(dataset_of(torch.zeros(2, dtype=torch.int64), 2))
+    losses = torch.ones(4, dtype=torch.float64)
+    rows = _rows(torch.tensor([2.0, 3.0, 2.0, 3.0]), losses)
+    low, high = intervals(task, rows)["accuracy"]
+    assert 2 <= low < 2.5 < high <= 3
+
+
 def _segmentation() -> Segmentation:
     return Segmentation(dataset_of(torch.zeros(1, 8, 8, dtype=torch.int64), 3))
 
