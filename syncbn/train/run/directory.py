@@ -165,6 +165,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             assert isinstance(line["step"], int | float)
+            assert isinstance(line.get("epoch", 0), int | float)
             lines.append(line)
         except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
             damaged.append(number)

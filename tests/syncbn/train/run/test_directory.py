@@ -212,9 +212,10 @@ def test_damaged_line_is_passed_over_and_said_once(
 ) -> None:
     run = RunDirectory(tmp_path)
     damaged = b'{"step": 1}\n\xff\x00\n[3]\n{"loss": 1}\n{"step": 2}\n{"step": 3\n'
+    damaged += b'{"step": 3, "epoch": "1"}\n'
     run.metrics_file.write_bytes(damaged)
     run.forget_after(5, epochs=1)
-    assert caplog.messages == [f"{run.metrics_file}: passed over damaged lines 2, 3, 4, 6"]
+    assert caplog.messages == [f"{run.metrics_file}: passed over damaged lines 2, 3, 4, 6, 7"]
     assert run.read_metrics() == [{"step": 1}, {"step": 2}]
     assert len(caplog.messages) == 1
 
