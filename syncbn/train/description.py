@@ -36,7 +36,7 @@ def describe(
         architecture=architecture,
         input=dataset.input,
         preprocessing=dataset.preprocessing,
-        classes=dataset.classes,
+        classes=() if task.answers == "tensor" else dataset.classes,
         palette=dataset.palette,
         metrics=dict(metrics or {}),
         evaluations=tuple(evaluations),

@@ -110,7 +110,8 @@ def summarize(run_path: Path) -> str:
     if last and last != best:
         lines["last"] = _quality(last)
     for evaluation in result.get("evaluations", ()):
-        lines[evaluation["split"]] = _in_words(evaluation)
+        again = evaluation["statistics"] == "recalibrated"
+        lines["recalibrated" if again else evaluation["split"]] = _in_words(evaluation)
     lines["time"] = duration(result.get("duration_s", math.nan))
     if speeds := [epoch["images_per_s"] for epoch in epochs]:
         lines["time"] += f", {statistics.median(speeds):.0f} images/s"

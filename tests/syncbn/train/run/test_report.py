@@ -145,18 +145,20 @@ def test_summary_says_how_a_run_ended(tmp_path: Path) -> None:
     estimate = {"value": 0.9, "low": 0.8523, "high": 0.9376}
     metrics = {"loss": {"value": 0.5, "low": None, "high": None}, "accuracy": estimate}
     evaluation = {"split": "test", "samples": 200, "statistics": "as trained", "metrics": metrics}
+    again = evaluation | {"statistics": "recalibrated"}
     result = {"error": None, "metrics": epochs[1], "duration_s": 187.4}
-    run = _run(tmp_path, epochs, (), status="finished", evaluations=[evaluation], **result)
+    run = _run(tmp_path, epochs, (), status="finished", evaluations=[evaluation, again], **result)
     (run / "bundle").mkdir()
     judged = "validation loss 0.7500, validation accuracy"
+    tested = "loss 0.5000, accuracy 90.00 % (85.23 % to 93.76 %); 200 samples"
     assert summarize(run).splitlines() == [
-        "status  finished after 3 epochs, 270 steps",
-        f"best    epoch 2: {judged} 98.77 %, training loss 1.0000",
-        f"last    epoch 3: {judged} 90.00 %, training loss 0.6667",
-        "test    loss 0.5000, accuracy 90.00 % (85.23 % to 93.76 %); 200 samples, statistics as "
-        "trained",
-        "time    3 min 07 s, 1002 images/s",
-        f"bundle  {run}/bundle",
+        "status        finished after 3 epochs, 270 steps",
+        f"best          epoch 2: {judged} 98.77 %, training loss 1.0000",
+        f"last          epoch 3: {judged} 90.00 %, training loss 0.6667",
+        f"test          {tested}, statistics as trained",
+        f"recalibrated  {tested}, statistics recalibrated",
+        "time          3 min 07 s, 1002 images/s",
+        f"bundle        {run}/bundle",
     ]
 
 
