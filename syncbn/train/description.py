@@ -37,7 +37,7 @@ def describe(
         input=dataset.input,
         preprocessing=dataset.preprocessing,
         classes=() if task.answers == "tensor" else dataset.classes,
-        palette=dataset.palette,
+        palette=dataset.palette if task.answers == "segmentation" else None,
         metrics=dict(metrics or {}),
         evaluations=tuple(evaluations),
         config_sha256=config_sha256(config),

@@ -1,5 +1,6 @@
 """A task of the user's own: a regression, from training to the bundle."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -250,3 +251,15 @@ def test_task_that_does_not_keep_the_protocol_is_named_before_the_first_step(
     factory = [f"task.factory={MODULE}:make_one_of", f"+task.arguments.name={name}"]
     text = explained([*REGRESSION, *factory, f"run_dir={tmp_path / 'run'}"])
     assert text.startswith(f"ConfigError: task: {name}.{message}"), text
+
+
+def make_masked_numbers() -> Dataset:
+    numbers = make_numbers()
+    return dataclasses.replace(numbers, classes=("a", "b"), palette=((0, 0, 0), (9, 9, 9)))
+
+
+def test_colors_of_classes_are_left_out_of_what_is_no_segmentation(tmp_path: Path) -> None:
+    overrides = [*REGRESSION, f"data.factory={MODULE}:make_masked_numbers", "epochs=1"]
+    (result,) = run_world(1, train_small, [*overrides, f"run_dir={tmp_path / 'run'}"])
+    assert result.status == "finished"
+    assert read_bundle(tmp_path / "run" / "bundle").manifest.palette is None
