@@ -1,5 +1,9 @@
 """What a model must have to be trained as configured."""
 
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
@@ -9,6 +13,8 @@ from syncbn.models import ChannelAffine
 from syncbn.train.schema import NoNormConfig, TrainConfig
 
 _SHOWN = 8
+# In DDP's words.
+_INDICES = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
 
 def check_normalization(model: nn.Module, name: str, config: TrainConfig) -> None:
@@ -55,6 +61,37 @@ def check_used(model: nn.Module, config: TrainConfig) -> None:
             "optim.freeze, or choose launch.find_unused_parameters=true, which looks for them in "
             "each step"
         )
+
+
+@contextmanager
+def explaining_unused(model: nn.Module) -> Generator[None]:
+    """Raise in our words if DDP notes in a forward pass that the one before had unused parameters.
+
+    Such as those of an output that the task leaves out of the loss, of which `check_used` cannot
+    know.
+
+    Args:
+        model: without its wrapper.
+
+    Raises:
+        ConfigError: a parameter had no part in the loss of the step before.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "Expected to have finished reduction" not in text:
+            raise
+        learning = [name for name, each in model.named_parameters() if each.requires_grad]
+        found = _INDICES.search(text)
+        numbers = [int(number) for number in found[1].split()] if found else []
+        names = [learning[number] for number in numbers if number < len(learning)]
+        raise ConfigError(
+            f"model: {shown(names) if names else 'some parameters'} had no part in the loss of the "
+            "step before, though perhaps in an output; have the task learn from every output that "
+            "the model gives in training, freeze them with optim.freeze, or choose "
+            "launch.find_unused_parameters=true"
+        ) from error
 
 
 def shown(names: list[str]) -> str:

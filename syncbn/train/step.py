@@ -24,6 +24,7 @@ from syncbn.comm.reducer import Reducer
 from syncbn.train.data.sampling import Batch
 from syncbn.train.generators import KeptGenerators
 from syncbn.train.launch.watchdog import Watch
+from syncbn.train.model_checks import explaining_unused
 from syncbn.train.optim import can_skip, take_step
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.run.writer import Records
@@ -258,7 +259,8 @@ class Stepper:
             with self._mode_for(samples), self._no_sync_unless(is_last):
                 inputs = training.inputs(samples)
                 targets = targets.to(training.device, non_blocking=True)
-                with training.autocast(), self._watching():
+                explaining = explaining_unused(training.model)
+                with training.autocast(), self._watching(), explaining:
                     output: Any = training.replica(inputs)
                 # The sum, as shares may differ in size; DDP then takes the mean over ranks.
                 loss = task.losses(output, targets, True).sum()

@@ -263,3 +263,46 @@ def test_colors_of_classes_are_left_out_of_what_is_no_segmentation(tmp_path: Pat
     (result,) = run_world(1, train_small, [*overrides, f"run_dir={tmp_path / 'run'}"])
     assert result.status == "finished"
     assert read_bundle(tmp_path / "run" / "bundle").manifest.palette is None
+
+
+class Partial(Regression):
+    """A task that learns one of two outputs alone."""
+
+    def losses(self, output: Any, targets: Tensor, training: bool) -> Tensor:
+        return super().losses(self.answer(output), targets, training)
+
+    def answer(self, output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output[0]
+
+    def check_output(self, output: object, samples: int) -> None:
+        assert isinstance(output, tuple)
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        self.second = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.first(x), self.second(x)) if self.training else self.first(x)
+
+
+def make_two(in_channels: int, num_classes: int) -> nn.Module:
+    return _Two()
+
+
+def make_partial(dataset: Dataset) -> Any:
+    return Partial()
+
+
+def test_output_that_the_task_does_not_learn_is_named_by_its_parameters(tmp_path: Path) -> None:
+    overrides = [*REGRESSION, f"task.factory={MODULE}:make_partial", "model=custom", "norm=none"]
+    overrides += [f"model.factory={MODULE}:make_two", f"run_dir={tmp_path / 'run'}"]
+    for text in run_world(2, explained, overrides):
+        assert text.startswith("ConfigError: model: second.1.weight, second.1.bias had no part in")
+    for number, cure in enumerate(
+        ("optim.freeze=[second.*]", "launch.find_unused_parameters=true")
+    ):
+        cured = [*overrides[:-1], cure, f"run_dir={tmp_path / f'cured-{number}'}"]
+        assert run_world(2, explained, cured) == ["", ""]
