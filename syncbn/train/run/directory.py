@@ -345,9 +345,7 @@ def _check_resumable(run: RunDirectory, stored: TrainConfig, config: TrainConfig
         return changes
     raise ConfigError(
         f"run_dir={run.path} holds a finished run; choose another directory, or say what to add: "
-        f"more than epochs={stored.epochs}"
-        + ("" if stored.max_steps is None else f" or max_steps={stored.max_steps}")
-        + ", or another publish or recalibrate"
+        f"more than {_what_ended(run, stored)}, or another publish or recalibrate"
     )
 
 
@@ -357,15 +355,36 @@ def _adds(run: RunDirectory, stored: TrainConfig, config: TrainConfig) -> bool:
         return True
     if config.publish not in (None, stored.publish):
         return True
-    last = (run.read_metrics() or [{}])[-1]
-    epochs, steps = last.get("epoch", stored.epochs), last.get("step", 0)
+    epochs, steps, in_vain = _progress(run, stored)
     if config.max_steps is not None and config.max_steps <= steps:
         return False
+    if config.patience is not None and in_vain >= config.patience:
+        return False
     was_cut = stored.max_steps is not None and stored.max_steps <= steps
-    more_epochs = config.epochs > max(epochs, stored.epochs)
-    if config.patience != stored.patience:  # which may have ended it
-        more_epochs = config.epochs > epochs
-    return more_epochs or (was_cut and config.max_steps != stored.max_steps)
+    if was_cut or config.patience != stored.patience:  # which may have ended it
+        return config.epochs > epochs
+    return config.epochs > max(epochs, stored.epochs)
+
+
+def _progress(run: RunDirectory, stored: TrainConfig) -> tuple[float, float, float]:
+    """Return how many epochs and steps a run has made, and how many epochs since the best one."""
+    lines = run.read_metrics()
+    last = lines[-1] if lines else {}
+    epochs, steps = last.get("epoch", stored.epochs), last.get("step", 0)
+    best = max((line.get("epoch", 0) for line in lines if line.get("best")), default=epochs)
+    return epochs, steps, epochs - best
+
+
+def _what_ended(run: RunDirectory, stored: TrainConfig) -> str:
+    """Return the settings that ended a finished run, of which more is needed to go on."""
+    epochs, steps, in_vain = _progress(run, stored)
+    if stored.patience is not None and in_vain >= stored.patience:
+        return f"patience={stored.patience}"
+    if stored.max_steps is None or stored.max_steps > steps:
+        return f"epochs={stored.epochs}"
+    if epochs < stored.epochs:
+        return f"max_steps={stored.max_steps}"
+    return f"both epochs={stored.epochs} and max_steps={stored.max_steps}"
 
 
 def _note(run: RunDirectory, changes: Sequence[str]) -> None:

@@ -108,9 +108,38 @@ def test_run_that_max_steps_ended_goes_on_with_more_of_them(tmp_path: Path) -> N
     run.write_result(Result("finished", None, {}, 1.0, 0))
     for more in ("max_steps=100", "epochs=50", "max_steps=50"):
         typed = [named[0], more]
-        with pytest.raises(ConfigError, match="more than epochs=12 or max_steps=100, or another"):
+        with pytest.raises(ConfigError, match="more than max_steps=100, or another"):
             open_run(compose_job(typed), typed)
     typed = [named[0], "max_steps=null"]
+    open_run(compose_job(typed), typed).lock.close()
+    assert run.read_result() is None
+
+
+def test_run_that_max_steps_ended_in_its_last_epoch_needs_more_epochs(tmp_path: Path) -> None:
+    # The epoch has ended with its last step, though not with its last sample.
+    named = [f"run_dir={tmp_path / 'run'}", "max_steps=100", "epochs=3"]
+    run = open_run_directory(compose_config(named))
+    run.append_metrics({"epoch": 3, "step": 100})
+    run.write_result(Result("finished", None, {}, 1.0, 0))
+    typed = [named[0], "max_steps=110"]
+    with pytest.raises(ConfigError, match="more than both epochs=3 and max_steps=100, or another"):
+        open_run(compose_job(typed), typed)
+    typed += ["epochs=4"]
+    open_run(compose_job(typed), typed).lock.close()
+    assert run.read_result() is None
+
+
+def test_run_that_lost_patience_needs_more_of_it(tmp_path: Path) -> None:
+    named = [f"run_dir={tmp_path / 'run'}", "patience=2"]
+    run = open_run_directory(compose_config(named))
+    for epoch in (1, 2, 3):
+        run.append_metrics({"epoch": epoch, "step": 10 * epoch, "best": float(epoch == 1)})
+    run.write_result(Result("finished", None, {}, 1.0, 0))
+    for more in ("epochs=20", "patience=1"):
+        typed = [named[0], more]
+        with pytest.raises(ConfigError, match="more than patience=2, or another publish"):
+            open_run(compose_job(typed), typed)
+    typed = [named[0], "patience=3"]
     open_run(compose_job(typed), typed).lock.close()
     assert run.read_result() is None
 
