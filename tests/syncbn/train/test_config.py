@@ -73,6 +73,7 @@ NEEDED = {
     "data/masks": ["data.path=x"],
     "data/custom": ["data.factory=package.module:function"],
     "model/custom": ["model.factory=package.module:function"],
+    "task/custom": ["task.factory=package.module:function"],
 }
 
 

@@ -212,14 +212,14 @@ def test_gradients_beyond_the_norm_are_scaled_down(tmp_path: Path) -> None:
         "optim.label_smoothing=0.1",
         "optim=torch",
         "schedule=one_cycle",
-        "model=mlp",
+        "model=mlp model.width=16",
         "norm=whitening",
         "norm=renormalize",
     ],
 )
 def test_option_trains_and_the_bundle_serves(tmp_path: Path, override: str) -> None:
     run_dir = tmp_path / "run"
-    overrides = [f"run_dir={run_dir}", "epochs=1", "data.validation=0", override]
+    overrides = [f"run_dir={run_dir}", "epochs=1", "data.validation=0", *override.split()]
     (result, *_) = run_world(2, _train, overrides)
     assert result.metrics["test_accuracy"] > 0.3
     read_bundle(run_dir / "bundle")
@@ -377,9 +377,10 @@ def test_unwritable_directory_is_one_error_on_every_rank(tmp_path: Path) -> None
 def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> None:
     for folder in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / folder).mkdir(parents=True)
-        for number in range(8):
-            Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / folder / f"{number}.png")
-    broken = tmp_path / "train" / "b" / "5.png"
+        for number in range(50):  # of so many, only some are looked at before training
+            file = tmp_path / folder / f"{number:02}.png"
+            Image.new("RGB", (8, 8), (5 * number, 0, 0)).save(file)
+    broken = tmp_path / "train" / "b" / "05.png"
     broken.write_bytes(broken.read_bytes()[:40])
     before = multiprocessing.active_children()
     store = f"file://{tmp_path / 'store'}"

@@ -145,6 +145,8 @@ def _hear_of_a_stop() -> None:
         assert (told.stop_signal, told.is_told) == (signal.SIGTERM, True)
         deadline = time.monotonic() + 10
         while not other.stop_signal and time.monotonic() < deadline:
+            for each in (told, other):
+                each.at(0, "waiting")
             time.sleep(0.05)
         assert (other.stop_signal, other.is_told) == (signal.SIGTERM, False)
     os._exit(7)
