@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from syncbn.errors import ConfigError, SyncBNError
+from syncbn.train.agreement import together
 from syncbn.train.data import Dataset
 from syncbn.train.generators import seed_generators
 from syncbn.train.model_checks import check_used
@@ -30,7 +31,8 @@ def try_out(training: Training, dataset: Dataset, last_batch: list[int], rank: i
             last batch is too small for the model.
     """
     buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
-    _settle(training, dataset)
+    # Together, as the others would wait in the next forward pass for a rank that failed alone.
+    together(lambda: _settle(training, dataset))
     shifts = {name: shift.clone() for name, shift in training.shifts().items()}
     if set(last_batch) != {training.config.data.batch_size}:
         _try_last_batch(training, dataset, last_batch, rank)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -195,3 +196,16 @@ def test_own_loss_trains_and_is_measured(tmp_path: Path) -> None:
     loss = focal(log_p, test.labels).mean().item()
     assert result.metrics["test_loss"] == pytest.approx(loss, rel=1e-5)
     assert result.metrics["test_accuracy"] > 0.5
+
+
+def pickier(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that refuses everything on rank 1 alone."""
+    if dist.get_rank() == 1:
+        raise ValueError("nothing at all")
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_trial_that_fails_on_one_rank_is_said_by_all(tmp_path: Path) -> None:
+    overrides = [f"task.loss={MODULE}:pickier", f"run_dir={tmp_path / 'run'}"]
+    for text in run_world(2, explained, overrides, deadline_s=20):
+        assert text.startswith("ConfigError: task.loss failed for outputs of shape (16, 10)")
