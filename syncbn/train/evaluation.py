@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from syncbn.comm.reducer import Reducer
 from syncbn.train.data import Batch
 from syncbn.train.launch.watchdog import Watch
+from syncbn.train.model_checks import on_this_rank_alone
 from syncbn.train.setup import Training, buffers_of_ranks
 from syncbn.train.step import mean
 
@@ -73,7 +74,8 @@ def evaluate(
                 output: Any = model(training.inputs(samples))
             weights = task.weights(targets).double().to(training.device, non_blocking=True)
             targets = targets.to(training.device, non_blocking=True)
-            losses = task.losses(output, targets, False).double()
+            with on_this_rank_alone():
+                losses = task.losses(output, targets, False).double()
             observed = task.observe(task.answer(output), targets)
             table = torch.cat([losses[:, None], weights[:, None], observed], dim=1)
             sums += table.sum(0)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] -- the public classes have no other common base
 
-from syncbn.errors import ConfigError
+from syncbn.errors import ConfigError, DataError
 from syncbn.layers.base import Synchronized
 from syncbn.models import ChannelAffine
 from syncbn.train.schema import NoNormConfig, TrainConfig
@@ -92,6 +92,19 @@ def explaining_unused(model: nn.Module) -> Generator[None]:
             "the model gives in training, freeze them with optim.freeze, or choose "
             "launch.find_unused_parameters=true"
         ) from error
+
+
+@contextmanager
+def on_this_rank_alone() -> Generator[None]:
+    """Raise a ConfigError as a DataError: others do not have it, so this rank must speak of it.
+
+    Raises:
+        DataError: in place of a ConfigError.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise DataError(str(error)) from error
 
 
 def shown(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from syncbn.comm.reducer import Reducer
 from syncbn.train.data.sampling import Batch
 from syncbn.train.generators import KeptGenerators
 from syncbn.train.launch.watchdog import Watch
-from syncbn.train.model_checks import explaining_unused
+from syncbn.train.model_checks import explaining_unused, on_this_rank_alone
 from syncbn.train.optim import can_skip, take_step
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.run.writer import Records
@@ -263,7 +263,8 @@ class Stepper:
                 with training.autocast(), self._watching(), explaining:
                     output: Any = training.replica(inputs)
                 # The sum, as shares may differ in size; DDP then takes the mean over ranks.
-                loss = task.losses(output, targets, True).sum()
+                with on_this_rank_alone():
+                    loss = task.losses(output, targets, True).sum()
                 losses.append(loss.detach())
                 answer = task.answer(output).detach()
                 statistics.append(task.observe(answer, targets).sum(0))

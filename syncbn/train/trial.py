@@ -12,7 +12,7 @@ from syncbn.train.model_checks import check_used
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.schema import SYNCHRONIZED
 from syncbn.train.setup import Training
-from syncbn.train.tasks.checks import check_task, tensors
+from syncbn.train.tasks.checks import check_task, check_without_samples, tensors
 
 
 def try_out(training: Training, dataset: Dataset, last_batch: list[int], rank: int) -> None:
@@ -32,7 +32,7 @@ def try_out(training: Training, dataset: Dataset, last_batch: list[int], rank: i
     """
     buffers = {name: buffer.clone() for name, buffer in training.model.named_buffers()}
     # Together, as the others would wait in the next forward pass for a rank that failed alone.
-    together(lambda: _settle(training, dataset))
+    together(lambda: _settle(training, dataset, may_be_empty=0 in last_batch))
     shifts = {name: shift.clone() for name, shift in training.shifts().items()}
     if set(last_batch) != {training.config.data.batch_size}:
         _try_last_batch(training, dataset, last_batch, rank)
@@ -64,7 +64,7 @@ def _try_last_batch(training: Training, dataset: Dataset, last_batch: list[int],
         ) from error
 
 
-def _settle(training: Training, dataset: Dataset) -> None:
+def _settle(training: Training, dataset: Dataset, may_be_empty: bool) -> None:
     """Make one step on zeros and take it back, after which DDP's buckets stay as they are.
 
     DDP arranges its buckets anew after its first backward pass, and with more than two ranks the
@@ -81,6 +81,8 @@ def _settle(training: Training, dataset: Dataset) -> None:
         torch.stack(nothing).sum().backward()
         _, first = dataset.train.__getitems__([(0, 0)])
         check_task(training.task, output, first[[0] * size], training.device)
+        if may_be_empty:
+            check_without_samples(training.task, output, first, training.device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"data.batch_size={size} is too much for the memory of {training.device}: "

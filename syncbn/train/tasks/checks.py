@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.tasks.protocol import Task
@@ -90,6 +91,38 @@ def check_task(task: Task, output: object, targets: Tensor, device: torch.device
                 f"task: {name}.proportions has {metric!r}: {places}; it must be a metric, with the "
                 f"places of successes and trials among {numbers} statistics"
             )
+
+
+def check_without_samples(
+    task: Task, output: object, targets: Tensor, device: torch.device
+) -> None:
+    """Raise unless a task takes a batch without samples, of which nothing is added up.
+
+    A rank may have none of an epoch's last batch, which is late to hear that a loss cannot do that.
+
+    Args:
+        task: any.
+        output: of the model in training, for any number of samples.
+        targets: one or more, on the host.
+        device: of the output.
+
+    Raises:
+        ConfigError: a method of the task fails.
+    """
+    nothing, none = tree_map_only(Tensor, lambda part: part[:0], output), targets[:0]
+    try:
+        with torch.no_grad():
+            task.weights(none)
+            task.losses(nothing, none.to(device), True).sum()
+            task.observe(task.answer(nothing), none.to(device)).sum(0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever somebody else's code raises
+        raise ConfigError(
+            f"task: {type(task).__name__} fails for no samples, which is what a rank will have of "
+            f"each epoch's last batch: {error}; return tensors of length 0 then, or set "
+            "data.drop_last=true"
+        ) from error
 
 
 def check_members(task: Task, where: str) -> None:

@@ -17,7 +17,7 @@ from syncbn.train.data.datasets import load_dataset
 from syncbn.train.tasks import Classification, make_task
 from tests.support.runs import explained, few_steps, train_small
 from tests.support.samples import dataset_of
-from tests.support.world import run_world
+from tests.support.world import WorldError, run_world
 
 MODULE = "tests.syncbn.train.tasks.test_classification"
 LABELS = torch.tensor([0, 3, 1, 1, 6, 2, 5, 0, 4])
@@ -196,6 +196,39 @@ def test_own_loss_trains_and_is_measured(tmp_path: Path) -> None:
     loss = focal(log_p, test.labels).mean().item()
     assert result.metrics["test_loss"] == pytest.approx(loss, rel=1e-5)
     assert result.metrics["test_accuracy"] > 0.5
+
+
+def scaled(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that no samples do not have."""
+    return functional.cross_entropy(logits / logits.abs().max(), labels, reduction="none")
+
+
+def test_loss_that_fails_without_samples_is_refused_if_a_rank_will_have_none(
+    tmp_path: Path,
+) -> None:
+    # 1437 = 2·718 + 1: rank 1 has none of the last batch.
+    overrides = [f"task.loss={MODULE}:scaled", "data.validation=0", f"run_dir={tmp_path / 'run'}"]
+    texts = run_world(2, explained, [*overrides, "data.batch_size=359"])
+    for text in texts:
+        assert text.startswith("ConfigError: task: Classification fails for no samples")
+        assert "set data.drop_last=true" in text
+    overrides[-1] = f"run_dir={tmp_path / 'dropped'}"
+    more = ["data.batch_size=359", "data.drop_last=true", "max_steps=2"]
+    assert run_world(2, explained, [*overrides, *more]) == ["", ""]
+
+
+def picky(logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss that refuses what it has seen on rank 1 alone, in training."""
+    if torch.is_grad_enabled() and dist.get_rank() == 1:
+        raise ValueError("not this one")
+    return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_loss_that_fails_on_one_rank_is_said_by_that_rank(tmp_path: Path) -> None:
+    # Of a ConfigError, which all ranks raise, rank 0 alone would speak.
+    overrides = [f"task.loss={MODULE}:picky", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(WorldError, match=r"DataError: task.loss failed .*ValueError: not this one"):
+        run_world(2, train_small, overrides, deadline_s=30)
 
 
 def pickier(logits: Tensor, labels: Tensor) -> Tensor:
