@@ -80,6 +80,12 @@ def check_task(task: Task, output: object, targets: Tensor, device: torch.device
             f"task: {name}.metrics returned {metrics!r:.200}; it must return a dict of numbers by "
             "name"
         )
+    taken = [each for each in metrics if each in _TAKEN]
+    if taken:
+        raise ConfigError(
+            f"task: {name}.metrics calls a metric {taken[0]!r}, which is something else in the "
+            "lines of steps and epochs; give it another name"
+        )
     if task.best not in metrics:
         raise ConfigError(
             f"task: {name}.best is {task.best!r}, which is none of the metrics "
@@ -161,5 +167,6 @@ def _shown(found: object) -> str:
     return f"a {type(found).__name__}"
 
 
+_TAKEN = ("loss", "step", "epoch", "lr", "images_per_s")
 _ANSWERS = ("classification", "segmentation", "tensor")
 _MEMBERS = (*Task.__annotations__, *(n for n in vars(Task) if not n.startswith("_")))

@@ -306,3 +306,20 @@ def test_output_that_the_task_does_not_learn_is_named_by_its_parameters(tmp_path
     ):
         cured = [*overrides[:-1], cure, f"run_dir={tmp_path / f'cured-{number}'}"]
         assert run_world(2, explained, cured) == ["", ""]
+
+
+class Counting(Regression):
+    """A task one of whose metrics would be taken for the number of the step."""
+
+    def metrics(self, sums: Any) -> dict[str, float]:
+        return {**super().metrics(sums), "step": 3.0}
+
+
+def make_counting(dataset: Dataset) -> Any:
+    return Counting()
+
+
+def test_metric_with_the_name_of_something_else_is_refused(tmp_path: Path) -> None:
+    overrides = [*REGRESSION, f"task.factory={MODULE}:make_counting", f"run_dir={tmp_path / 'run'}"]
+    (text,) = run_world(1, explained, overrides)
+    assert text.startswith("ConfigError: task: Counting.metrics calls a metric 'step', which is")
