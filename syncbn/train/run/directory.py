@@ -37,8 +37,8 @@ class Result:
         exit_code: of the processes: 0, 1, 2 for a wrong configuration, 128 + a signal's number.
         evaluations: how good the exported model is: a split, the number of its samples, whether the
             statistics are as trained or recalibrated, and metrics with their 95 % intervals.
-        objective: what a sweep minimizes: the validation error of the best epoch; None if the run
-            did not finish, or is one of an earlier version.
+        objective: what a sweep minimizes: the validation error of the best epoch, and in a run of
+            an earlier version the test error; None if the run did not finish.
     """
 
     status: str
@@ -138,7 +138,7 @@ class RunDirectory:
     def read_result(self) -> Result | None:
         """Return how the last attempt ended, or None where none has ended in an orderly way."""
         try:
-            return Result(**json.loads(self.result_file.read_text()))
+            return _result(json.loads(self.result_file.read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -152,6 +152,15 @@ class RunDirectory:
         if not file.exists():
             _replace(file, secrets.token_hex(8))
         return file.read_text()
+
+
+def _result(values: dict[str, Any]) -> Result:
+    """Return the result that a file holds, also one of an earlier version."""
+    metrics = values.get("metrics", {})
+    if "objective" not in values and values.get("status") == "finished":
+        tested = metrics.get("ema_test_accuracy", metrics.get("test_accuracy"))
+        return Result(**values, objective=None if tested is None else 1 - tested)
+    return Result(**values)
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
