@@ -142,7 +142,7 @@ def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
 ) -> None:
     overrides = ["epochs=2000", "log_every_steps=1", "launch.timeout_s=3"]
     if kind == "sleeping":
-        overrides += ["model=custom", f"model.factory={__name__}:make_sleeping"]
+        overrides += ["norm=none", "model=custom", f"model.factory={__name__}:make_sleeping"]
     job = Job(tmp_path / "hanging", *overrides)
     wait_until(lambda: len(_lines(job)) >= 5)
     hanging = job.ranks()[1]

@@ -30,7 +30,7 @@ def make(in_channels: int, num_classes: int, fails: str) -> nn.Module:
 def test_jobs_that_fail_are_recorded_with_their_own_error_and_the_others_finish(
     tmp_path: Path,
 ) -> None:
-    sweep = [*TRAIN, "-m", *TINY, "model=custom", f"model.factory={HERE}:make"]
+    sweep = [*TRAIN, "-m", *TINY, "norm=none", "model=custom", f"model.factory={HERE}:make"]
     sweep += ["sweep_dir=sweep"]
     kinds = "+model.arguments.fails=no,sys_exit,kill"
     result = run([*sweep, kinds, "seed=1"], tmp_path, 300, PYTHONPATH=str(REPOSITORY))
