@@ -34,7 +34,7 @@ def check_storable(tensors: dict[str, Tensor]) -> None:
                 f"tensor {key!r} has the layout {value.layout}; a bundle stores dense tensors"
             )
         try:
-            safetensors.torch.save({key: torch.empty(0, dtype=value.dtype)})
+            safetensors.torch.save({key: torch.empty(0, dtype=value.dtype, device="cpu")})
         except Exception as error:  # the library raises what it likes
             raise BundleError(
                 f"tensor {key!r} of {value.dtype} cannot be stored as safetensors: "
