@@ -100,6 +100,12 @@ class Watch(TorchFunctionMode):
         Raises:
             KeptError: the code does more than to read attributes and to call functions of torch.
         """
+        # What stands between two functions of the model, such as the decorator torch.autocast, may
+        # set what a trace does not record.
+        for function, module in self._called_by_others.items():
+            raise KeptError(
+                f"{function}() in its model is called by {module}, as a decorator would"
+            )
         names: set[str] = set()
         values: list[Any] = []
         for (code, _), scope in self.codes.items():
@@ -107,13 +113,6 @@ class Watch(TorchFunctionMode):
         for kind in values:
             if isinstance(kind, type) and not _is_library({"__name__": kind.__module__}):
                 _check_class(kind, names)
-        # What stands between two functions of the model, such as the decorator torch.autocast, may
-        # set what a trace does not record. Last, as the code itself says more: a library that
-        # watches the output makes `print` call functions in this way.
-        for function, module in self._called_by_others.items():
-            raise KeptError(
-                f"{function}() in its model is called by {module}, as a decorator would"
-            )
         return frozenset(names)
 
 

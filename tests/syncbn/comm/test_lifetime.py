@@ -51,6 +51,7 @@ def _loss(group: dist.ProcessGroup | None) -> torch.Tensor:
 
 def _destroy_subgroups(hosts: list[int], times: int) -> None:
     _pretend(hosts)
+    dist.barrier()  # a thread gives itself its name once it runs
     before = _gloo_threads()
     for _ in range(times):
         group = dist.new_group()
