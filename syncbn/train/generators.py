@@ -67,11 +67,7 @@ def restore_generators(states: dict[str, Any], device: torch.device) -> None:
 
 def seed_generators(seed: int, position: Position) -> None:
     """Seed the generators, of a GPU too, by the job's seed, the position, and the rank."""
-    entropy = (seed, position.epoch, position.samples, dist.get_rank())
-    (value,) = np.random.SeedSequence(entropy).generate_state(1)
-    torch.manual_seed(int(value))
-    np.random.seed(int(value))
-    random.seed(int(value))
+    _seed((seed, position.epoch, position.samples, dist.get_rank()))
 
 
 def seed_alike(seed: int) -> None:
@@ -79,7 +75,11 @@ def seed_alike(seed: int) -> None:
 
     For what runs before training, such as a user's function that splits data at random.
     """
-    (value,) = np.random.SeedSequence(seed).generate_state(1)
+    _seed(seed)
+
+
+def _seed(entropy: int | tuple[int, ...]) -> None:
+    (value,) = np.random.SeedSequence(entropy).generate_state(1)
     torch.manual_seed(int(value))
     np.random.seed(int(value))
     random.seed(int(value))

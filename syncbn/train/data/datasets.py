@@ -1,6 +1,5 @@
 """Data sets by name, read as configured and checked."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from syncbn.train.data.sampling import Batch, labels_in_memory
 from syncbn.train.data.segmentation import digit_scenes, masked_files
 from syncbn.train.data.splits import Part, hold_out
 from syncbn.train.generators import seed_alike
+from syncbn.train.imports import imported
 from syncbn.train.schema import (
     AugmentedConfig,
     CustomDataConfig,
@@ -192,19 +192,8 @@ def _synthetic(config: DataConfig, seed: int, moves: Moves) -> Dataset:
 
 def _custom(config: DataConfig, seed: int, moves: Moves) -> Dataset:
     assert isinstance(config, CustomDataConfig)
-    module, _, name = config.factory.partition(":")
-    try:
-        factory: Any = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever somebody else's module raises
-        raise ConfigError(
-            f"data.factory={config.factory} cannot be imported: {type(error).__name__}: {error}; "
-            "it must be package.module:function, of a package that is installed or in PYTHONPATH"
-        ) from error
-    if not callable(factory):
-        raise ConfigError(
-            f"data.factory={config.factory} is a {type(factory).__name__}; it must be a function "
-            "that returns a syncbn.train.data.Dataset"
-        )
+    what = "a function that returns a syncbn.train.data.Dataset"
+    factory = imported(config.factory, "data.factory", what)
     try:
         dataset = factory(**config.arguments)
     except Exception as error:  # whatever somebody else's code raises

@@ -5,6 +5,7 @@
 
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.data import Dataset
+from syncbn.train.imports import imported
 from syncbn.train.schema import (
     ClassificationConfig,
     CustomTaskConfig,
@@ -13,7 +14,6 @@ from syncbn.train.schema import (
 )
 from syncbn.train.tasks.checks import check_members
 from syncbn.train.tasks.classification import Classification
-from syncbn.train.tasks.parts import imported
 from syncbn.train.tasks.protocol import Task
 from syncbn.train.tasks.segmentation import Segmentation
 

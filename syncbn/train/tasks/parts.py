@@ -1,6 +1,5 @@
 """What tasks have in common: class weights, a loss of the user's own, and checks of outputs."""
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,26 +87,3 @@ def own_losses(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets
             "return a loss for each target, without a mean over them"
         )
     return losses
-
-
-def imported(path: str, key: str) -> Any:
-    """Return what an import path names, which must be callable.
-
-    Args:
-        path: package.module:name.
-        key: of the configuration, for errors.
-
-    Raises:
-        ConfigError: it cannot be imported, or is not callable.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever somebody else's module raises
-        raise ConfigError(
-            f"{key}={path} cannot be imported: {type(error).__name__}: {error}; it must be "
-            "package.module:name, of a package that is installed or in PYTHONPATH"
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"{key}={path} is a {type(found).__name__}; it must be a function")
-    return found
