@@ -277,14 +277,3 @@ class Schedule:
             return self._from_share * step / self._from_step
         left = max(1, self._total_steps - self._from_step)
         return self._from_share + (1 - self._from_share) * (step - self._from_step) / left
-
-
-def make_schedule(
-    optimizer: Optimizer,
-    config: ScheduleConfig,
-    total_steps: int,
-    steps_per_epoch: int,
-    plan: Plan | None = None,
-) -> Schedule:
-    """Return the configured learning-rate schedule over all steps of a run; see `Schedule`."""
-    return Schedule(optimizer, config, total_steps, steps_per_epoch, plan)

@@ -27,7 +27,7 @@ from syncbn.train.model_checks import check_normalization
 from syncbn.train.optim import make_optimizer
 from syncbn.train.parameters import freeze, parameter_groups
 from syncbn.train.run.checkpoint import Checkpoint
-from syncbn.train.schedule import Schedule, make_schedule
+from syncbn.train.schedule import Schedule
 from syncbn.train.schema import (
     CustomModelConfig,
     LocalNormConfig,
@@ -178,7 +178,7 @@ def prepare(
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
     plan = config.epochs, config.max_steps
-    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch, plan)
+    schedule = Schedule(optimizer, config.schedule, total_steps, steps_per_epoch, plan)
     scaler = torch.amp.GradScaler(
         device.type, enabled=config.numerics.precision is Precision.float16
     )

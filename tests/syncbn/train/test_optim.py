@@ -9,7 +9,7 @@ from syncbn.errors import ConfigError
 from syncbn.train.average import WeightAverage
 from syncbn.train.config import compose_config
 from syncbn.train.optim import can_skip, make_optimizer, take_step
-from syncbn.train.schedule import make_schedule
+from syncbn.train.schedule import Schedule
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_optimizers_that_cannot_skip_say_so() -> None:
 def _rates(overrides: list[str], total_steps: int, steps_per_epoch: int) -> list[float]:
     config = compose_config(["optim.lr=0.5", *overrides])
     optimizer = make_optimizer([torch.zeros(1, requires_grad=True)], config.optim)
-    schedule = make_schedule(optimizer, config.schedule, total_steps, steps_per_epoch)
+    schedule = Schedule(optimizer, config.schedule, total_steps, steps_per_epoch)
     rates: list[float] = []
     for _ in range(total_steps):
         rates.append(float(optimizer.param_groups[0]["lr"]))

@@ -13,7 +13,7 @@ from syncbn.train.config import compose_config
 from syncbn.train.optim import make_optimizer
 from syncbn.train.parameters import freeze, parameter_groups
 from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
-from syncbn.train.schedule import make_schedule
+from syncbn.train.schedule import Schedule
 from syncbn.transforms.convert import convert_sync_batchnorm
 from tests.support.jobs import Job, wait_until, whole_outcome
 
@@ -95,7 +95,7 @@ def test_schedule_keeps_the_ratio_of_rates(schedule: str) -> None:
     config = compose_config([f"schedule={schedule}", "+optim.lr_scale={body.*:0.25}"])
     model = _Model()
     optimizer = make_optimizer(parameter_groups(model, config.optim), config.optim)
-    moves = make_schedule(optimizer, config.schedule, 12, 4)
+    moves = Schedule(optimizer, config.schedule, 12, 4)
     for _ in range(12):
         base, *_, scaled = moves.get_last_lr()
         assert scaled == pytest.approx(base / 4)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from syncbn.train.config import compose_config
-from syncbn.train.schedule import Plan, Schedule, make_schedule, share_done
+from syncbn.train.schedule import Plan, Schedule, share_done
 from syncbn.train.schema import ScheduleConfig
 
 
@@ -39,7 +39,7 @@ def _schedule(
     plan: Plan | None = None,
 ) -> Schedule:
     optimizer = optimizer or _optimizer(0.5)
-    return make_schedule(optimizer, _config(*overrides), total_steps, steps_per_epoch, plan=plan)
+    return Schedule(optimizer, _config(*overrides), total_steps, steps_per_epoch, plan=plan)
 
 
 def _make(schedule: Schedule, steps: int) -> list[float]:
