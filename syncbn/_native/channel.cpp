@@ -70,14 +70,17 @@ void pause_briefly() {
 bool wait_for(Rank& rank, uint32_t round, int32_t spins, int64_t until_us) {
   for (int32_t i = 0; i < spins; ++i) {
     if (arrived(rank, round)) return true;
-    if (i % 64 == 63)
-      sched_yield();
-    else
+    if (i % 64 != 63) {
       pause_briefly();
+      continue;
+    }
+    sched_yield();  // which takes long where many processes want this core
+    if (now_us() >= until_us) return arrived(rank, round);
   }
   for (int32_t i = 0; i < 32; ++i) {
     if (arrived(rank, round)) return true;
     sched_yield();
+    if (now_us() >= until_us) return arrived(rank, round);
   }
   for (;;) {
     const uint32_t seen = rank.round.load(std::memory_order_acquire);
