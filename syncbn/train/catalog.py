@@ -5,6 +5,7 @@ Importing them takes seconds, and a misspelt name should be answered at once.
 
 import ast
 import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,27 +15,25 @@ _OTHER_LOOPS = {"LBFGS", "SparseAdam"}
 _TIMMS = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
 
 
+@cache
 def torchvision_names() -> tuple[str, ...]:
     """Return the names of torchvision's image classifiers and segmentation models."""
-    models = _directory("torchvision") / "models"
-    names = {
-        node.name
-        for file in (*models.glob("*.py"), *(models / "segmentation").glob("*.py"))
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and _is_registered(node)
-    }
-    return tuple(sorted(names))
+    classifiers = _registered_in(_directory("torchvision") / "models")
+    return tuple(sorted(classifiers | set(torchvision_segmenters())))
+
+
+@cache
+def torchvision_segmenters() -> tuple[str, ...]:
+    """Return the names of torchvision's segmentation models."""
+    return tuple(sorted(_registered_in(_directory("torchvision") / "models" / "segmentation")))
 
 
 def timm_names() -> tuple[str, ...]:
     """Return the names of timm's models; none if it is not installed."""
-    if find_spec("timm") is None:
-        return ()
-    files = (_directory("timm") / "models").glob("*.py")
-    names = {name for file in files for name in _TIMMS.findall(file.read_text(encoding="utf-8"))}
-    return tuple(sorted(names))
+    return () if find_spec("timm") is None else _registered_in_timm()
 
 
+@cache
 def optimizer_names() -> tuple[str, ...]:
     """Return the names of torch's optimizers that a plain step can use."""
     tree = ast.parse((_directory("torch") / "optim" / "__init__.py").read_text(encoding="utf-8"))
@@ -45,6 +44,40 @@ def optimizer_names() -> tuple[str, ...]:
     )
     classes = {name for name in names if name[0].isupper()}
     return tuple(sorted(classes - {"Optimizer"} - _OTHER_LOOPS))
+
+
+@cache
+def optimizer_arguments() -> dict[str, tuple[str, ...]]:
+    """Return the names of the arguments of each optimizer of `optimizer_names`, but for lr."""
+    found: dict[str, tuple[str, ...]] = {}
+    for file in (_directory("torch") / "optim").glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in optimizer_names():
+                (init,) = (
+                    each
+                    for each in node.body
+                    if isinstance(each, ast.FunctionDef) and each.name == "__init__"
+                )
+                names = [each.arg for each in (*init.args.args, *init.args.kwonlyargs)]
+                found[node.name] = tuple(n for n in names if n not in ("self", "params", "lr"))
+    return dict(sorted(found.items()))
+
+
+@cache
+def _registered_in_timm() -> tuple[str, ...]:
+    files = (_directory("timm") / "models").glob("*.py")
+    names = {name for file in files for name in _TIMMS.findall(file.read_text(encoding="utf-8"))}
+    return tuple(sorted(names))
+
+
+def _registered_in(directory: Path) -> set[str]:
+    """Return the names of the models in torchvision's files of a directory."""
+    return {
+        node.name
+        for file in directory.glob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and _is_registered(node)
+    }
 
 
 def _is_registered(function: ast.FunctionDef) -> bool:

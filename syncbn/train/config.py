@@ -5,13 +5,14 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from pydantic import ValidationError as PydanticError
@@ -33,6 +34,8 @@ from syncbn.train.schema import (
 )
 from syncbn.train.schema.resume import BEFORE
 
+_COMPOSING = RLock()
+
 
 def config_dir() -> Path:
     """Return the directory conf/: beside the package in a checkout, inside it in a wheel."""
@@ -50,6 +53,30 @@ def register_schemas() -> None:
             store.store(group=f"schema/{group}", name=name, node=schema)
 
 
+def compose_conf(name: str | None, overrides: Sequence[str]) -> DictConfig:
+    """Return what Hydra makes of conf/ and overrides, for one thread at a time, as it has globals.
+
+    Args:
+        name: of the file of conf/ to begin with; None: of nothing.
+        overrides: as on the command line.
+
+    Raises:
+        HydraException: an override is malformed, or names an unknown choice or key.
+        OmegaConfBaseException: a value has the wrong type.
+    """
+    with _COMPOSING:
+        register_schemas()
+        around = GlobalHydra.instance().hydra  # of a sweep, in one of whose jobs this is
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(
+                str(config_dir()), version_base="1.3", job_name="syncbn-train"
+            ):
+                return compose(name, overrides=list(overrides))
+        finally:
+            GlobalHydra.instance().hydra = around
+
+
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
     """Return the job that conf/ and overrides describe.
 
@@ -60,17 +87,11 @@ def compose_config(overrides: Sequence[str]) -> TrainConfig:
         ConfigError: an override is malformed, or names an unknown choice or key, or has a value of
             the wrong type or out of range.
     """
-    register_schemas()
-    around = GlobalHydra.instance().hydra  # of a sweep, in one of whose jobs this is
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3", job_name="syncbn-train"):
-            composed = compose("config", overrides=list(overrides))
+        composed = compose_conf("config", overrides)
     except (HydraException, OmegaConfBaseException) as error:
         explain_quoting(overrides, error)
         raise explain(error) from error
-    finally:
-        GlobalHydra.instance().hydra = around
     return to_config(composed)
 
 
@@ -128,10 +149,20 @@ def to_config(composed: DictConfig) -> TrainConfig:
     except (OmegaConfBaseException, PydanticError) as error:
         raise explain(error) from error
     assert isinstance(config, TrainConfig)
+    check_config(config)
+    return config
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check what no schema of its own says: names that others define, and what excludes what.
+
+    Raises:
+        ConfigError: torch, torchvision or timm has nothing of a configured name, or values
+            contradict each other.
+    """
     _check_names(config)
     if config.recalibrate and isinstance(config.norm, WhiteningNormConfig):
         raise ConfigError("recalibrate=true is for batch normalization; norm=whitening has none")
-    return config
 
 
 def _check_names(config: TrainConfig) -> None:
@@ -148,8 +179,7 @@ def _check_names(config: TrainConfig) -> None:
 
 def _check_name(key: str, name: str, valid: Sequence[str]) -> None:
     if name not in valid:
-        close = difflib.get_close_matches(name, valid, n=3)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        hint = _did_you_mean(name, valid)
         raise ConfigError(f"{key}={name}: {hint}choose one of {', '.join(valid)}")
 
 
@@ -234,6 +264,12 @@ def explain(error: Exception) -> ConfigError:
                 for item in error.errors(include_url=False)
             )
         )
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return ConfigError(
+            f"{group}={name}: {_did_you_mean(name, error.options)}choose one of "
+            f"{', '.join(error.options)}"
+        )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -249,7 +285,21 @@ def explain(error: Exception) -> ConfigError:
         if not keys:
             whole = parent._get_full_key(None)  # pyright: ignore[reportPrivateUsage] -- the only way to learn it
             return ConfigError(f"unknown key {cause.full_key!r}; to add to {whole}, say +{whole}=…")
-        close = difflib.get_close_matches(str(cause.key), keys, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = _hint(str(cause.key), keys, parent)
         return ConfigError(f"unknown key {cause.full_key!r}; {hint}valid: {', '.join(keys)}")
     return ConfigError(f"{cause.full_key}: {reason}" if cause.full_key else reason)
+
+
+def _did_you_mean(name: str, valid: Sequence[str]) -> str:
+    """Return a hint at up to three names that are like one that is unknown, or nothing."""
+    close = difflib.get_close_matches(name, valid, n=3)
+    return f"did you mean {' or '.join(close)}? " if close else ""
+
+
+def _hint(key: str, keys: Sequence[str], parent: DictConfig) -> str:
+    """Return a hint at the keys of an unknown one's name in other sections, or at one beside it."""
+    root: Any = parent._get_root()  # pyright: ignore[reportPrivateUsage] -- the only way to it
+    sections = [name for name in (*CHOICES, *SECTIONS) if isinstance(root.get(name), DictConfig)]
+    found = [f"{name}.{key}" for name in sections if key in root[name]]
+    found = found or difflib.get_close_matches(key, keys, n=1)
+    return f"did you mean {' or '.join(map(repr, found))}? " if found else ""

@@ -12,6 +12,7 @@ from torch.distributed import (
 )
 
 from syncbn.errors import ConfigError, TrainingError
+from syncbn.train.run.reasons import RANK_FAILED
 from syncbn.train.schema import Device, LaunchConfig
 
 # What cuBLAS needs to compute the same each time; it reads it when it is first used.
@@ -121,7 +122,7 @@ def join_process_group(
             f"rank {rank}, on {device}: NCCL cannot connect the GPUs of the {world_size} ranks: "
             f"{lines[-1]}; NCCL_DEBUG=INFO in the environment says more, and ranks that share a "
             "GPU need launch.ranks_per_gpu"
-        ) from error
+        ).because(RANK_FAILED) from error
     if with_nccl:
         assert dist.group.WORLD is not None
         nccl = dist.group.WORLD._get_backend(device)  # pyright: ignore[reportPrivateUsage] -- torch 2.11 has no other way

@@ -24,6 +24,7 @@ from syncbn.train.run.checkpoint import BEST, read_checkpoint
 from syncbn.train.run.directory import RunDirectory
 from syncbn.train.run.plots import plot_curves
 from syncbn.train.run.publish import publish
+from syncbn.train.run.status import Phase, Reporter
 from syncbn.train.schema import CustomModelConfig, LocalNormConfig
 from syncbn.train.setup import Training
 from syncbn.transforms.recalibrate import recalibrate
@@ -55,6 +56,7 @@ def export(
     batches: Callable[[], Iterable[Batch]],
     evaluate: Callable[[nn.Module, Samples], Evaluation | None],
     told: Callable[[], int],
+    reporter: Reporter,
 ) -> Exported | None:
     """Write the bundle of the best epoch and the curves, and say how good it is.
 
@@ -70,6 +72,7 @@ def export(
             to stop.
         evaluate: returns what a model makes of samples, or None if a rank is told to stop.
         told: returns whether a rank was told to stop, on all ranks.
+        reporter: tells what is done.
 
     Returns:
         None if a rank was told to stop before all was known; nothing was written then.
@@ -103,9 +106,10 @@ def export(
 
         if told():
             return None
-        layers = recalibrate(
-            model, batches(), forward=forward, only=lambda _, layer: not is_frozen(layer)
-        )
+        with reporter.during(Phase.RECALIBRATING):
+            layers = recalibrate(
+                model, batches(), forward=forward, only=lambda _, layer: not is_frozen(layer)
+            )
         if told():
             return None
         log.info("recalibrated the statistics of %d layers", len(layers))
@@ -123,6 +127,10 @@ def export(
     for record in records:
         log.info("%s", _in_words(record, training.task.best))
     _write(training, run, dataset, metrics, records)
+    # Last, so that the run directory is complete wherever this fails.
+    if training.config.publish is not None:
+        reporter.enter(Phase.PUBLISHING)
+        publish(run.bundle_dir, Path(training.config.publish), training.config.name)
     return Exported(metrics, records)
 
 
@@ -168,7 +176,7 @@ def _write(
     metrics: dict[str, float],
     records: list[Record],
 ) -> None:
-    """Write the bundle and the curves, and publish it if that is configured."""
+    """Write the bundle and the curves."""
     config = training.config
     for temporary in run.path.glob(f".{run.bundle_dir.name}.*"):  # an attempt was killed right here
         shutil.rmtree(temporary, ignore_errors=True)
@@ -184,9 +192,6 @@ def _write(
         plot_curves(run.path)
     except OSError as error:  # the model is safe, and that is what counts
         log.warning("no picture of the curves: %s", error)
-    # Last, so that the run directory is complete wherever this fails.
-    if config.publish is not None:
-        publish(run.bundle_dir, Path(config.publish), config.name)
 
 
 def _is_of(bundle: Path, config_sha256: str) -> bool:

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from syncbn.train.plan import Plan
 from syncbn.train.run.checkpoint import Position
 from syncbn.train.run.directory import RunDirectory
+from syncbn.train.run.status import Phase, Reporter
 from syncbn.train.run.tracking import NoTracker, Tracker, start_tracker
 from syncbn.train.run.writer import Records
 from syncbn.train.schema import TrainConfig
@@ -32,6 +33,7 @@ class Journal:
         records: writes lines.
         task: makes metrics of what was observed.
         plan: the steps of the run.
+        reporter: tells how far the run is.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class Journal:
         records: Records,
         task: Task,
         plan: Plan,
+        reporter: Reporter,
     ) -> None:
         self._config = config
         self._run = run
         self._records = records
         self._task = task
         self._plan = plan
+        self._reporter = reporter
         self._tracker: Tracker = NoTracker()
         self._silent = run is None or not sys.stderr.isatty()
         self._progress: tqdm[Any] | None = None
@@ -57,6 +61,7 @@ class Journal:
         if self._run is not None:
             self._tracker = start_tracker(self._config, self._run)
         plan = self._plan
+        self._reporter.begin(position.step, plan.total_steps, self._epoch(position))
         with (
             tqdm(
                 total=round(plan.samples * plan.total_steps / plan.steps_per_epoch),
@@ -75,14 +80,21 @@ class Journal:
         """Begin to measure how fast an epoch, or the rest of it, is."""
         self._started = self._logged_at = time.monotonic()
         self._images = self._logged_images = 0
+        self._reporter.enter(Phase.TRAINING)
 
     def images_per_s(self) -> float:
         """Return how many images a second were trained on, over all ranks, in this epoch."""
         return self._images / max(time.monotonic() - self._started, 1e-9)
 
+    def _epoch(self, position: Position) -> float:
+        """Return the passes over the data that are made, with the part of the present one."""
+        return position.epoch + position.samples / self._plan.samples
+
     def note(self, step: Step) -> None:
         """Show a step, and write it if its turn has come."""
         self._images += step.samples
+        epoch = self._epoch(step.after)
+        self._reporter.note(step.after.step, epoch, self.images_per_s())
         statistics = self._task.metrics(step.totals.statistics)
         if self._progress is not None:
             self._progress.update(step.samples)
@@ -96,7 +108,7 @@ class Journal:
             self._logged_at, self._logged_images = now, self._images
             values = {
                 "step": number,
-                "epoch": step.after.epoch + step.after.samples / self._plan.samples,
+                "epoch": epoch,
                 "lr": step.rate,
                 "loss": step.loss,
                 # A step in which no pixel counts has none, and NaN is not JSON.
@@ -104,12 +116,14 @@ class Journal:
                 "images_per_s": speed,
                 **step.extra,
             }
-            self._records.write(lambda run: run.append_step(values))
+            line = {**values, "time": time.time()}
+            self._records.write(lambda run: run.append_step(line))
             self._tracker.log(number, values)
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """Write and show the metrics of an epoch."""
-        self._records.write(lambda run: run.append_metrics(metrics))
+        line = {**metrics, "time": time.time()}
+        self._records.write(lambda run: run.append_metrics(line))
         self._tracker.log(int(metrics["step"]), metrics)
         best = self._task.best
         parts = [f"train loss {metrics['train_loss']:.4f}"]

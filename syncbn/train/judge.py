@@ -9,6 +9,7 @@ from torch import nn
 
 from syncbn.errors import TrainingError
 from syncbn.train.agreement import gathered
+from syncbn.train.run.reasons import NOT_FINITE
 from syncbn.train.run.writer import Records
 from syncbn.train.schema import TrainConfig
 from syncbn.train.setup import Training
@@ -119,4 +120,4 @@ class Judge:
             f"{position.samples} of {self._samples} samples, learning rate {rate:g}{where}); "
             f"{kept_state}; try a lower optim.lr than {self._config.optim.lr:g}, or "
             "optim.clip_norm=1"
-        )
+        ).because(NOT_FINITE)

@@ -25,8 +25,11 @@ from syncbn.train.judge import Judge, is_good
 from syncbn.train.launch.watchdog import Watch
 from syncbn.train.plan import Plan
 from syncbn.train.resume import resume
+from syncbn.train.run.attempts import report_attempt
 from syncbn.train.run.checkpoint import Checkpoint, Position
 from syncbn.train.run.directory import Result, RunDirectory
+from syncbn.train.run.reasons import FINISHED, NOT_FINITE, STOPPED
+from syncbn.train.run.status import Phase, Reporter
 from syncbn.train.run.writer import Records
 from syncbn.train.schema import TrainConfig
 from syncbn.train.selection import objective, quality
@@ -66,11 +69,12 @@ def train(
     """
     if config.numerics.deterministic:
         compute_deterministically()
-    feed = Feed(config, dist.get_rank(), dist.get_world_size(), device.type == "cuda", watch)
-    try:
-        return _Loop(config, run, device, watch, feed).train()
-    finally:
-        feed.close()
+    with report_attempt(None if run is None else run.path, config.epochs) as reporter:
+        feed = Feed(config, dist.get_rank(), dist.get_world_size(), device.type == "cuda", watch)
+        try:
+            return _Loop(config, run, device, watch, feed, reporter).train()
+        finally:
+            feed.close()
 
 
 class _Loop:
@@ -81,12 +85,14 @@ class _Loop:
         device: torch.device,
         watch: Watch,
         feed: Feed,
+        reporter: Reporter,
     ) -> None:
         self.config = config
         self.run = run
         self.device = device
         self.watch = watch
         self.feed = feed
+        self.reporter = reporter
         self.rank = dist.get_rank()
         self.task = together(lambda: make_task(config, feed.dataset))
         if config.patience is not None and feed.validation is None:
@@ -99,7 +105,7 @@ class _Loop:
         watch.at(0, "making the model")
         self.training: Training = together(self._prepare)
         self.records = Records(run, config.checkpoint.keep, device)
-        self.journal = Journal(config, run, self.records, self.task, self.plan)
+        self.journal = Journal(config, run, self.records, self.task, self.plan, reporter)
 
     def _prepare(self) -> Training:
         plan, dataset = self.plan, self.feed.dataset
@@ -129,6 +135,7 @@ class _Loop:
             while self._goes_on():
                 stopped = self._train_epoch() or self._end_epoch()
                 if stopped:
+                    self.reporter.enter(Phase.STOPPING)
                     self._check({})
                     self._checkpoint(is_best=False)
                     self.records.finish()
@@ -193,7 +200,8 @@ class _Loop:
         self, model: nn.Module, batches: Iterable[Batch], keep_rows: bool
     ) -> Evaluation | None:
         watched = self.watch.moving(batches, self.state.position.step, "evaluating")
-        return evaluate(self.training, model, watched, self.control, self.watch, keep_rows)
+        with self.reporter.during(Phase.EVALUATING):
+            return evaluate(self.training, model, watched, self.control, self.watch, keep_rows)
 
     def _end_epoch(self) -> int:
         """Evaluate, write the epoch's metrics and state; return a signal to stop, or 0."""
@@ -247,7 +255,7 @@ class _Loop:
             raise TrainingError(
                 f"{', '.join(wrong)} after step {position.step}, in epoch {position.epoch + 1}; "
                 f"try a lower optim.lr than {self.config.optim.lr:g}, or optim.clip_norm=1"
-            )
+            ).because(NOT_FINITE)
 
     def _checkpoint(self, is_best: bool) -> None:
         """Write the present state, in the background; collective: gathers the generators."""
@@ -274,13 +282,20 @@ class _Loop:
         name = signal.Signals(number).name
         error = f"stopped by {name} after step {self.state.position.step}"
         log.info("%s; the same command with this run_dir goes on", error)
-        duration_s = time.monotonic() - started
-        return Result("interrupted", error, self.state.best, duration_s, 128 + number)
+        return Result(
+            "interrupted",
+            error,
+            self.state.best,
+            time.monotonic() - started,
+            128 + number,
+            reason=STOPPED,
+        )
 
     def _export(self, started: float) -> Result:
         """Write what comes out of the run, and return how it ended."""
         feed, step = self.feed, self.state.position.step
         self.watch.at(step, "exporting")
+        self.reporter.enter(Phase.EXPORTING)
 
         def evaluate_once(model: nn.Module, samples: Samples) -> Evaluation | None:
             return self._evaluate(model, feed.held_out(samples), keep_rows=True)
@@ -291,12 +306,26 @@ class _Loop:
 
         best = self.state.best
         exported = export(
-            self.training, self.run, feed.dataset, best, batches, evaluate_once, self._told
+            self.training,
+            self.run,
+            feed.dataset,
+            best,
+            batches,
+            evaluate_once,
+            self._told,
+            self.reporter,
         )
         if exported is None:  # what the model holds now is the best epoch's, and not to be written
             return self._stop(self._told(), started)
         self.journal.finish(is_whole=True)
         evaluations = [record.model_dump() for record in exported.evaluations]
-        duration_s = time.monotonic() - started
-        error = objective(best, self.task)
-        return Result("finished", None, exported.metrics, duration_s, 0, evaluations, error)
+        return Result(
+            "finished",
+            None,
+            exported.metrics,
+            time.monotonic() - started,
+            0,
+            evaluations,
+            objective(best, self.task),
+            reason=FINISHED,
+        )

@@ -9,6 +9,7 @@ from syncbn.train.generators import restore_generators, seed_generators
 from syncbn.train.plan import Plan
 from syncbn.train.run.checkpoint import Checkpoint, name_best, read_newest
 from syncbn.train.run.directory import RunDirectory
+from syncbn.train.run.reasons import DATA
 from syncbn.train.schema import Shares
 from syncbn.train.setup import Training
 from syncbn.train.state import State
@@ -48,7 +49,7 @@ def resume(
         raise TrainingError(
             "the data are others than those that this run began with: files, labels or samples "
             "have changed; put them back, or start a new run with another run_dir"
-        )
+        ).because(DATA)
     state = State.of(checkpoint)
     position, training_config = state.position, training.config
     _restore(checkpoint, training, plan, state, rank)

@@ -10,6 +10,7 @@ from syncbn.train.data import Dataset
 from syncbn.train.generators import seed_generators
 from syncbn.train.model_checks import check_used
 from syncbn.train.run.checkpoint import Position
+from syncbn.train.run.reasons import OUT_OF_MEMORY
 from syncbn.train.schema import SYNCHRONIZED
 from syncbn.train.setup import Training
 from syncbn.train.tasks.checks import check_task, check_without_samples, tensors
@@ -89,7 +90,7 @@ def _settle(training: Training, dataset: Dataset, may_be_empty: bool) -> None:
             f"{str(error).splitlines()[0]}; choose a smaller one, with more of "
             f"optim.accumulate={training.config.optim.accumulate} for the same step, or "
             "numerics.precision=bfloat16"
-        ) from error
+        ).because(OUT_OF_MEMORY) from error
     except SyncBNError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:

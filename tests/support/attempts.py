@@ -19,6 +19,7 @@ from torch.distributed import (
 
 from syncbn.train.changes import compose_job
 from syncbn.train.run.directory import RunDirectory, open_run
+from syncbn.train.run.lock import RunLock
 from tests.support.places import Act, Files, Snapshot, Tracer, read_files, write_files
 from tests.support.world import CONTEXT
 
@@ -134,7 +135,7 @@ class TinyRun:
 
 
 def _wait(ranks: Sequence[Any], deadline: float) -> None:
-    """Return when all ranks have ended, or one was killed, and the agent would end the others."""
+    """Return when all ranks have ended, or one was killed, which is the end of the others."""
     waiting = {rank.sentinel: rank for rank in ranks}
     while waiting and time.monotonic() < deadline:
         for sentinel in connection.wait(list(waiting), deadline - time.monotonic()):
@@ -168,8 +169,9 @@ def _be_rank(
     tracer.install()
     from syncbn.train.launch.worker import be_launched_rank
 
-    nobody, lock = (os.open(os.devnull, os.O_WRONLY) for _ in range(2))  # the test has the lock
-    code = be_launched_rank(str(work / "run"), nobody, lock)
+    lock = RunLock(os.open(os.devnull, os.O_WRONLY))  # the test has that of the directory
+    run = RunDirectory(work / "run")
+    code = be_launched_rank(run.read_config(), run, lock)
     sender.send_bytes(pickle.dumps(tracer.places))
     os._exit(code)
 

@@ -44,8 +44,8 @@ class Host:
             if not self._maker.stdout.readline():
                 raise OSError(self._maker.stderr.read().decode().strip())
             (self._first,) = children(self._maker.pid)
-            _do([*self._inside(), "hostname", name])
-            _do([*self._inside(), "ip", "link", "set", "lo", "up"])
+            _do([*self.inside(), "hostname", name])
+            _do([*self.inside(), "ip", "link", "set", "lo", "up"])
         except BaseException:
             self.close()
             raise
@@ -61,15 +61,15 @@ class Host:
         """Lay a cable to another host."""
         end = f"type veth peer name {INTERFACE} netns {other._first}".split()
         # In this host's network, but where processes have the numbers that they have here.
-        _do([*self._inside("--net"), "ip", "link", "add", INTERFACE, *end])
+        _do([*self.inside("--net"), "ip", "link", "add", INTERFACE, *end])
         for host in (self, other):
             address = ("address", "add", f"{host.address}/24", "dev", INTERFACE)
-            _do([*host._inside(), "ip", *address])
-            _do([*host._inside(), "ip", "link", "set", INTERFACE, "up"])
+            _do([*host.inside(), "ip", *address])
+            _do([*host.inside(), "ip", "link", "set", INTERFACE, "up"])
 
     def cut_cable(self) -> None:
         """Cut the cable: what is sent is lost, and nobody is told."""
-        _do([*self._inside(), "ip", "link", "set", INTERFACE, "down"])
+        _do([*self.inside(), "ip", "link", "set", INTERFACE, "down"])
 
     def sent_bytes(self) -> int:
         """Return how much this host has sent over the cable."""
@@ -81,7 +81,7 @@ class Host:
         """Start a command on this host, with its output in a file."""
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [*self._inside(), *command],
+                [*self.inside(), *command],
                 env={**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -100,7 +100,7 @@ class Host:
             if pid != self._first and _namespace(pid) == own and is_alive(pid)
         ]
 
-    def _inside(self, *namespaces: str) -> list[str]:
+    def inside(self, *namespaces: str) -> list[str]:
         """Return what a command is prefixed with to run on this host."""
         of_all = ("--net", "--uts", "--pid", "--mount")
         return ["nsenter", "--target", str(self._first), *(namespaces or of_all)]

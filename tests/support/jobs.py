@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from torch.distributed import (
 from syncbn.train.changes import compose_job
 from syncbn.train.run.checkpoint import checkpoint_files, read_checkpoint
 from syncbn.train.run.directory import RunDirectory, open_run
-from syncbn.train.run.lock import send_job
+from syncbn.train.run.lock import RunLock
 from tests.support.world import CONTEXT
 
 SMALL = ("model.width=4", "track=none", "launch.device=cpu", "launch.threads=1")
 
 
 class Job:
-    """A run under the agent, as the launcher starts it, without the launcher.
+    """A run under its supervisor, as the fork server starts it, without server and launcher.
 
     Args:
         run_dir: where it trains; resumed if it is there.
@@ -40,44 +39,45 @@ class Job:
         typed = [*small, *overrides, f"run_dir={run_dir}"]
         with open_run(compose_job(typed), typed) as opened:
             self.run: RunDirectory = opened.directory
-            reader, self._launcher = socket.socketpair()
-            self.agent: Any = CONTEXT.Process(target=_be_agent, args=(reader, str(run_dir)))
-            self.agent.start()
-            reader.close()
-            send_job(self._launcher, self.run.path, opened.lock)
+            its_end, self._launcher = socket.socketpair()
+            self.supervisor: Any = CONTEXT.Process(target=_be_supervisor, args=(its_end, self.run))
+            self.supervisor.start()
+            its_end.close()
+            socket.send_fds(self._launcher, [b"lock"], [opened.lock.fileno()])
 
     def wait(self, timeout_s: float = 60) -> int:
-        """Return the agent's exit code, after making sure that nothing is left of the job."""
-        self.agent.join(timeout_s)
-        code = self.agent.exitcode
+        """Return the supervisor's exit code, after making sure that nothing is left of the job."""
+        self.supervisor.join(timeout_s)
+        code = self.supervisor.exitcode
         self.kill_all()
         assert code is not None, f"the job did not end within {timeout_s} s"
         return code
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks."""
-        return children(self.agent.pid)
+        return children(self.supervisor.pid)
 
     def kill_all(self) -> None:
-        """Kill the agent and its ranks, which are a session of their own."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.agent.pid, signal.SIGKILL)
-        self.agent.join()
+        """Kill the supervisor, with which its ranks end."""
+        ranks = self.ranks()
+        self.supervisor.kill()
+        self.supervisor.join()
         self._launcher.close()
+        wait_until(lambda: not any(is_alive(rank) for rank in ranks), timeout_s=10)
 
     def lose_launcher(self) -> None:
-        """Close what the agent hears of its launcher by, as the launcher's death does."""
+        """Close what the supervisor hears of its launcher by, as the launcher's death does."""
         self._launcher.close()
 
 
-def _be_agent(launcher: Any, run_dir: str) -> None:
+def _be_supervisor(launcher: socket.socket, run: RunDirectory) -> None:
     os.setsid()
-    os.dup2(launcher.fileno(), 0)
-    _write_to(Path(f"{run_dir}.out"))
+    _write_to(Path(f"{run.path}.out"))
     torch.use_deterministic_algorithms(False)
-    from syncbn.train.launch.agent import main
+    from syncbn.train.launch.supervisor import supervise
 
-    os._exit(main())
+    _, (lock,), _, _ = socket.recv_fds(launcher, len(b"lock"), 1)
+    os._exit(supervise(run, RunLock(lock), launcher))
 
 
 def _write_to(file: Path) -> None:
@@ -202,7 +202,7 @@ def whole_outcome(run_dir: Path, *overrides: str) -> dict[str, Any]:
 
 
 def _timeless(line: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in line.items() if key != "images_per_s"}
+    return {key: value for key, value in line.items() if key not in ("images_per_s", "time")}
 
 
 def comparable(value: Any) -> Any:

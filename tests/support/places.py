@@ -38,6 +38,8 @@ _MUTATIONS = frozenset(
 )
 # What never decides how a run goes on: the log, and locks, which lie there empty.
 IGNORED = re.compile(r"(^|/)(run\.log|\.lock|\.publish\.lock|config\.yaml(\.tmp)?)$")
+# What a thread of its own writes at any time, of which no run goes on in another way.
+_AT_ANY_TIME = re.compile(r"(^|/)status\.json(\.tmp)?$")
 # Names that are new each time.
 RANDOM = re.compile(r"\.(bundle|new)\.\w+")
 _COUNT = re.compile(r"\d+")
@@ -87,10 +89,11 @@ def is_of_a_file(place: str) -> bool:
 
 
 def read_files(directory: Path) -> Files:
-    """Return what lies in a directory."""
+    """Return what lies in a directory, but what is written at any time."""
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in sorted(directory.rglob("*"))
+        if not _AT_ANY_TIME.search(str(path))
     }
 
 
@@ -251,7 +254,7 @@ class Tracer:
         from syncbn.train import feed, journal, loop
 
         loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # pyright: ignore[reportAttributeAccessIssue] -- what of it is needed
-        journal.time = SimpleNamespace(monotonic=_Never)  # pyright: ignore[reportAttributeAccessIssue] -- as above
+        journal.time = SimpleNamespace(monotonic=_Never, time=lambda: 0.0)  # pyright: ignore[reportAttributeAccessIssue] -- as above
         # So that few samples make several batches.
         feed._HELD_OUT_BATCH_SIZE = 2  # pyright: ignore[reportPrivateUsage] -- no setting
 

@@ -28,7 +28,7 @@ CONTEXT.set_forkserver_preload(
     [
         *("pytest", "hypothesis.strategies"),
         *("torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "matplotlib.figure"),
-        *("syncbn.train.launch.agent", "tests.support.jobs"),
+        *("syncbn.train.launch.supervisor", "tests.support.jobs"),
     ]
 )
 

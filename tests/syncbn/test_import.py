@@ -1,7 +1,10 @@
 import subprocess
 import sys
 
-HEAVY = ["triton", "hydra", "omegaconf", "wandb", "fastapi", "pydantic", "sklearn", "torchvision"]
+HEAVY = (
+    *("triton", "hydra", "omegaconf", "wandb", "fastapi", "pydantic", "sklearn", "torchvision"),
+    *("httpx2", "msgspec"),
+)
 
 
 def test_importing_the_layer_loads_nothing_but_torch() -> None:

@@ -4,6 +4,7 @@ import gzip
 import math
 import struct
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,27 @@ class TensorImages:
 
 def load_digits() -> tuple[TensorImages, TensorImages]:
     """Return scikit-learn's digits for training and test, 1×8×8, from 0 to 16, float32."""
-    # They take a second, and other data sets need neither.
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = datasets.load_digits(return_X_y=True)
-    split = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
+    split = split_digits()
     train_x, test_x = (
         torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) for part in split[:2]
     )
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in split[2:])
     return TensorImages(train_x, train_y), TensorImages(test_x, test_y)
+
+
+@cache
+def split_digits() -> tuple[_Array, ...]:
+    """Return the pixels and the labels of the digits for training and test, read once.
+
+    What calls this before it forks spares its children the second that importing takes.
+    """
+    # Other data sets need neither.
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    split: Any = train_test_split(pixels, labels, test_size=360, stratify=labels, random_state=0)
+    return tuple(split)
 
 
 def read_cifar(path: str) -> tuple[Batch, Batch, tuple[str, ...]]:

@@ -1,1 +1,1 @@
-"""From a command line to processes that train: launcher, agent, ranks, and what ends those."""
+"""From a command line to processes that train: server, supervisor, ranks, and what ends those."""

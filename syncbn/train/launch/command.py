@@ -1,13 +1,12 @@
 """The command `syncbn-train`: compose a job, make its run directory, start its ranks, wait."""
 
+import io
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import NoReturn
 
@@ -18,19 +17,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import syncbn
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.changes import resumed_config, stored_config
 from syncbn.train.config import config_dir, explain, register_schemas, to_config
+from syncbn.train.launch.client import ForkServer, Launched
 from syncbn.train.launch.sweep import be_sweep_job, is_abandoned, is_sweep, sweep
 from syncbn.train.run.directory import OpenRun, Result, open_run
-from syncbn.train.run.lock import send_job
+from syncbn.train.run.reasons import KILLED, RANK_FAILED
 from syncbn.train.schema import TrainConfig
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
-# Agents that have no job yet, by their number of threads. They end when this process does.
-_standby: "dict[str, _Agent]" = {}
-# What the agent needs, when told to stop, beyond what the ranks may take.
-_AGENT_TIMEOUT_S = 15
+# Forks the jobs of this process, if it has no part in a sweep whose process has one. Ends with it.
+_server = ForkServer()
+# What a supervisor needs, when told to stop, beyond what the ranks may take.
+_SUPERVISOR_TIMEOUT_S = 15
+_KILL_TIMEOUT_S = 10
+_POLL_S = 0.1
 
 
 def main() -> None:
@@ -46,20 +49,24 @@ def main() -> None:
         )
 
         train_from_overrides(sys.argv[1:])
+    if "--version" in sys.argv[1:]:
+        print(f"syncbn-train {syncbn.__version__}")
+        return
     register_schemas()
     # Otherwise Hydra prints errors in its own words and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     decorate = hydra.main(str(config_dir()), "config", version_base="1.3")
     try:
         if is_sweep(sys.argv):
-            raise SystemExit(sweep(sys.argv, decorate(_train)))
+            raise SystemExit(sweep(sys.argv, decorate(_train), _server))
         if not any(argument.startswith("-") for argument in sys.argv[1:]):
             stored = stored_config(sys.argv[1:])
             # Hydra would compose what is typed with the defaults, which may have other keys.
             if stored is not None:
                 _train_job(resumed_config(stored, sys.argv[1:]), sys.argv[1:])
                 return
-        decorate(_train)()
+        with _showing_help():
+            decorate(_train)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(explain(error), 2)
     except ConfigError as error:
@@ -68,12 +75,26 @@ def main() -> None:
         _fail(error, 1)
 
 
-def launch(opened: OpenRun, more: bool = False) -> Result:
-    """Start the ranks of a prepared run with torch's elastic launcher, and wait for them.
+@contextmanager
+def _showing_help() -> Generator[None]:
+    """Leave out of Hydra's help, if it is asked for, the groups that conf/ alone chooses from."""
+    if not {"--help", "-h"} & set(sys.argv[1:]):
+        yield
+        return
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        lines = text.getvalue().splitlines(keepends=True)
+        print("".join(line for line in lines if not line.startswith("schema/")), end="")
+
+
+def launch(opened: OpenRun) -> Result:
+    """Have a supervisor start the ranks of a prepared run, and wait for its end.
 
     Args:
         opened: the run, whose lock they get a part in.
-        more: whether there will be another job; its agent loads torch meanwhile.
 
     Returns:
         How the run ended, which is in its directory too.
@@ -81,30 +102,28 @@ def launch(opened: OpenRun, more: bool = False) -> Result:
     Raises:
         SystemExit: with code 128 + the number, where a signal told this process to stop, after the
             ranks wrote their state.
+        TrainingError: no supervisor could be started.
     """
-    run, launch = opened.directory, opened.config.launch
+    run = opened.directory
     for change in opened.changes:
         print(f"syncbn-train: going on with {change}", file=sys.stderr)
-    threads = str(max(1, _cores() // launch.nproc))
-    threads = str(launch.threads or os.environ.get("OMP_NUM_THREADS", threads))
     with told_to_stop() as told:
-        agent = _standby.pop(threads, None) or _Agent(threads)
-        agent.give(opened)
-        if more:
-            _standby[threads] = _Agent(threads)
+        job = _server.launch(run.path, opened.lock)
         try:
-            code = _wait(agent.process, told, launch.stop_timeout_s + _AGENT_TIMEOUT_S)
+            code = _wait(job, told, opened.config.launch.stop_timeout_s + _SUPERVISOR_TIMEOUT_S)
         finally:
-            agent.kill()
+            job.close()
     result = run.read_result()
-    # A signal may end ranks that have said already that all is done.
-    if result is None or (code != 0 and result.status == "finished" and not told):
+    if result is None:  # the supervisor was killed, or could not write
         if told:
             result = Result("interrupted", "stopped before the first step", {}, 0, 128 + told[0])
+        elif code < 0:
+            error = f"what started the ranks was killed by {signal.Signals(-code).name}"
+            result = Result("failed", error, {}, 0, 1, reason=KILLED)
         else:
-            error = f"the ranks ended with exit code {code} and left no word"
-            result = Result("failed", error, {}, 0, code if code > 0 else 1)
-        run.write_result(result)
+            error = f"the supervisor ended with exit code {code} and left no word"
+            result = Result("failed", error, {}, 0, code or 1, reason=RANK_FAILED)
+        result = run.write_result(result)
     if told:
         raise SystemExit(128 + told[0])
     return result
@@ -130,33 +149,6 @@ def _train_job(config: TrainConfig, overrides: Sequence[str]) -> float | None:
     return result.objective
 
 
-class _Agent:
-    """The process that starts the ranks, and what it hears of this one by."""
-
-    def __init__(self, threads: str) -> None:
-        self._socket, its_end = socket.socketpair()
-        # In a session of its own, so that Ctrl-C reaches this process alone, which passes it on
-        # once.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "syncbn.train.launch.agent"],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            stdin=its_end.fileno(),
-            start_new_session=True,
-        )
-        its_end.close()
-
-    def give(self, opened: OpenRun) -> None:
-        """Give it a job, and a part in its lock."""
-        send_job(self._socket, opened.directory.path, opened.lock)
-
-    def kill(self) -> None:
-        """Make sure that nothing is left of it and its ranks."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._socket.close()
-
-
 @contextmanager
 def told_to_stop() -> Generator[list[int]]:
     """Collect the signals to stop instead of ending by them, where that is possible."""
@@ -176,25 +168,20 @@ def told_to_stop() -> Generator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(agent: "subprocess.Popen[bytes]", told: list[int], stop_timeout_s: float) -> int:
-    """Return the agent's exit code; once told to stop, tell it, and wait a limited time."""
+def _wait(job: Launched, told: list[int], stop_timeout_s: float) -> int:
+    """Return the job's exit code; once told to stop, tell it, and wait a limited time."""
     while not told:
-        try:
-            return agent.wait(0.1)
-        except subprocess.TimeoutExpired:
-            if is_abandoned():
-                told.append(signal.SIGTERM)
-    agent.terminate()
-    try:
-        return agent.wait(stop_timeout_s)
-    except subprocess.TimeoutExpired:
-        return 1
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        code = job.wait(_POLL_S)
+        if code is not None:
+            return code
+        if is_abandoned():
+            told.append(signal.SIGTERM)
+    job.stop()
+    code = job.wait(stop_timeout_s)
+    if code is None:
+        job.kill()
+        code = job.wait(_KILL_TIMEOUT_S)
+    return -signal.SIGKILL if code is None else code
 
 
 def _fail(error: object, code: int) -> NoReturn:

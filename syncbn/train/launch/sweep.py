@@ -24,7 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from syncbn.errors import ConfigError, SyncBNError
 from syncbn.train.config import to_config
+from syncbn.train.launch.client import ForkServer
+from syncbn.train.launch.composed import composing_once
+from syncbn.train.launch.refused import setting_aside
 from syncbn.train.run.directory import OpenRun, Result, RunDirectory, is_more, open_run
+from syncbn.train.run.reasons import reason_of
 
 _NAME_LIMIT = 120
 # Tells jobs, wherever a launcher starts them, which lock the sweep's own process holds on which
@@ -37,13 +41,14 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return any(argument in ("-m", "--multirun") for argument in arguments)
 
 
-def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
+def sweep(arguments: list[str], run_jobs: Callable[[], None], server: ForkServer) -> int:
     """Run the jobs of a sweep, say how they ended, and return the exit code: 1 unless all finished.
 
     Args:
         arguments: the command line, to which the sweep's directory is added: it must be there,
             because every job composes its configuration anew.
         run_jobs: calls `be_sweep_job` for each job, in whatever process.
+        server: forks the jobs, in whatever process of this host they are launched.
 
     Raises:
         ConfigError: another sweep is under way in the directory.
@@ -66,8 +71,14 @@ def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
     with lock:
         for number in (signal.SIGTERM, signal.SIGHUP):  # some launchers leave their jobs otherwise
             signal.signal(number, _exit_on_signal)
+
+        def refuse(overrides: list[str], error: ConfigError) -> None:
+            _refuse(_run_of(directory, overrides), error, time.monotonic())
+
         try:
-            run_jobs()
+            server.share()
+            with setting_aside(refuse), composing_once():
+                run_jobs()
         except (HydraException, OmegaConfBaseException):
             _discard_if_empty(directory)
             raise
@@ -76,7 +87,7 @@ def sweep(arguments: list[str], run_jobs: Callable[[], None]) -> int:
     return _finish(directory, trouble)
 
 
-def be_sweep_job(composed: DictConfig, launch: Callable[[OpenRun, bool], Result]) -> float | None:
+def be_sweep_job(composed: DictConfig, launch: Callable[[OpenRun], Result]) -> float | None:
     """Train one job of a sweep, unless it has finished; return its validation error.
 
     Whatever goes wrong is in the job's result.json, for an exception would be in a launcher's
@@ -87,36 +98,46 @@ def be_sweep_job(composed: DictConfig, launch: Callable[[OpenRun, bool], Result]
         which a sweeper takes for a failure.
     """
     settings = HydraConfig.get()
-    # Hydra escapes some characters of what was typed.
-    overrides = [override.replace("\\", "") for override in settings.overrides.task]
-    common: list[str] = _about_sweep().get("common", [])
-    chosen = [override for override in overrides if override not in common]
-    path = Path(settings.sweep.dir) / job_name(chosen)
-    run = RunDirectory(path.resolve())
-    result = run.read_result()
+    overrides = _as_typed(settings.overrides.task)
+    run = _run_of(Path(settings.sweep.dir), overrides)
+    name, result = run.path.name, run.read_result()
     started = time.monotonic()
     try:
-        composed.run_dir = str(path)
+        composed.run_dir = str(Path(settings.sweep.dir) / name)
         config = to_config(composed)
         if result is None or result.status != "finished" or is_more(run, config, overrides):
-            print(f"{path.name}: starting", flush=True)
+            print(f"{name}: starting", flush=True)
             with open_run(config, overrides) as opened:
-                result = launch(opened, True)
+                result = launch(opened)
     except Exception as error:
-        reason = str(error) if isinstance(error, SyncBNError) else repr(error)
-        was, result = result, Result("failed", reason, {}, time.monotonic() - started, 1)
-        if was is None or was.status != "finished":  # of which the model is there
-            _record(run, result)
-        print(f"syncbn-train: {path.name}: {reason}", file=sys.stderr)
-    print(f"{path.name}: {result.status}", flush=True)
+        return _refuse(run, error, started)
+    print(f"{name}: {result.status}", flush=True)
     return result.objective if result.status == "finished" else None
 
 
-def _record(run: RunDirectory, result: Result) -> None:
-    """Write how a job ended that did not begin, unless another job is in its directory."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    with suppress(ConfigError), run.lock():
-        run.write_result(result)
+def _as_typed(overrides: Sequence[str]) -> list[str]:
+    """Return overrides without what Hydra has put before some of their characters."""
+    return [override.replace("\\", "") for override in overrides]
+
+
+def _run_of(directory: Path, overrides: Sequence[str]) -> RunDirectory:
+    """Return where a job of a sweep is, by the overrides that it does not share with all others."""
+    common: list[str] = _about_sweep().get("common", [])
+    chosen = [override for override in _as_typed(overrides) if override not in common]
+    return RunDirectory((directory / job_name(chosen)).resolve())
+
+
+def _refuse(run: RunDirectory, error: Exception, started: float) -> None:
+    """Say why a job did not begin, and record it, unless it finished or another job is there."""
+    why = str(error) if isinstance(error, SyncBNError) else repr(error)
+    result = Result("failed", why, {}, time.monotonic() - started, 1, reason=reason_of(error))
+    print(f"syncbn-train: {run.path.name}: {why}", file=sys.stderr)
+    if not _is_finished(run.read_result()):  # of which the model is there
+        run.path.mkdir(parents=True, exist_ok=True)
+        with suppress(ConfigError), run.lock():
+            run.keep_attempt()
+            run.write_result(result)
+    print(f"{run.path.name}: failed", flush=True)
 
 
 def is_abandoned() -> bool:
@@ -168,7 +189,8 @@ def _discard_if_empty(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for path in (directory, directory.parent):
         if not any(path.iterdir()):
-            path.rmdir()
+            with suppress(OSError):  # "." cannot be removed
+                path.rmdir()
 
 
 def _finish(directory: Path, trouble: str) -> int:

@@ -9,22 +9,30 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
+import torch.distributed as dist
 from torch.distributed import (
     Store,  # pyright: ignore[reportPrivateImportUsage] -- documented
 )
 
 from syncbn.errors import SyncBNError, TrainingError
+from syncbn.train.run.reasons import RANK_HUNG
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HUNG_CODE = 75
+"""With which a rank ends itself that hangs, so that who started it knows."""
+WATCHED = "watch"
+"""Begins the keys of a watch in the ranks' store."""
+ENDED = "ended"
+"""Begins a key of the store, with the number of a rank that another has killed, which says why."""
 _BEAT_S = 1.0
 _ANSWER_S = 3 * _BEAT_S
 _STORE_TIMEOUT = timedelta(seconds=5)
@@ -97,6 +105,7 @@ class Watch:
         self._stop_timeout_s = stop_timeout_s
         self._load_timeout_s = load_timeout_s
         self._works = 0
+        self._stopped: dict[int, dict[str, Any]] = {}
         self._parent = os.getppid()
         self._told_at = 0.0
         self._beats = 0
@@ -190,7 +199,7 @@ class Watch:
                 raise TrainingError(
                     f"ranks {missing} are still {doing}, {self._load_timeout_s:g} s after rank "
                     f"{self._rank} has finished; give them a longer launch.load_timeout_s"
-                )
+                ).because(RANK_HUNG)
             time.sleep(_POLL_S)
         self.at(step, f"done with {doing}")
 
@@ -198,9 +207,9 @@ class Watch:
         """Return which ranks others wait for in vain, after one of their waits has ended.
 
         A rank that fails calls this, so who does not is gone or hangs. Ranks that hang print the
-        stacks of their threads and end; those of this host that cannot are killed. Takes six
-        seconds, or as long as nobody stops this rank: who started the ranks does, where it knows
-        better. Returns "" where all ranks failed alike.
+        stacks of their threads and end; of those that cannot, see `end_stopped`. Takes six seconds,
+        or as long as nobody stops this rank: who started the ranks does, where it knows better.
+        Returns "" where all ranks failed alike.
         """
         found: list[str] = []
         asking = threading.Thread(target=lambda: found.append(self._ask()), name="ask", daemon=True)
@@ -235,12 +244,33 @@ class Watch:
                 self._store.set(f"stack/{rank}", "")
             self._give_time()
             after = {rank: self._last_beat(rank) for rank in hanging}
-            for rank in hanging:
-                if before[rank] == after[rank]:
-                    _end_stopped(after[rank])
+            self._stopped = {
+                rank: after[rank]
+                for rank in hanging
+                if before[rank] == after[rank]
+                and self._is_first_on(after[rank].get("host"), hanging)
+            }
             return "; ".join(_describe(rank, before[rank], after[rank]) for rank in hanging)
         except Exception as error:  # the store may be what is gone
             return f"the ranks' store does not answer either: {error}"
+
+    def _is_first_on(self, host: str | None, hanging: Sequence[int]) -> bool:
+        """Return whether this rank is the first of those on its host that do not hang."""
+        others = (rank for rank in range(self._world_size) if rank not in hanging)
+        on_host = (rank for rank in others if self._last_beat(rank).get("host") == host)
+        return next(on_host, None) == self._rank
+
+    def end_stopped(self) -> None:
+        """Kill ranks of this host that do not even beat, as a process that was stopped.
+
+        After this rank has said all: who started the ranks kills all when one is killed, and would
+        know of no more than that. So one rank of a host does it, the first.
+        """
+        for rank, beat in self._stopped.items():
+            with suppress(dist.DistError):
+                self._store.set(f"{ENDED}/{rank}", _describe(rank, beat, beat))
+            with suppress(ProcessLookupError):
+                os.kill(beat["pid"], signal.SIGKILL)
 
     def _give_time(self) -> None:
         """Wait for the others' answers, but not where this rank is told to stop meanwhile."""
@@ -265,7 +295,7 @@ class Watch:
             still_s = time.monotonic() - since
             if self._asked.is_set():
                 log.error("rank %d hangs, %s at step %d, and is ended", self._rank, doing, step)
-                self._leave(1)
+                self._leave(HUNG_CODE)
             if os.getppid() != self._parent and not self.is_told:
                 log.error("rank %d: the process that started it is gone; stopping", self._rank)
                 self._note(signal.SIGTERM, None)
@@ -282,7 +312,7 @@ class Watch:
                 log.error(
                     "rank %d hangs: %s for %.0f s at step %d", self._rank, doing, still_s, step
                 )
-                self._leave(1)
+                self._leave(HUNG_CODE)
             self._ended.wait(_BEAT_S / 4)
 
     def _tell(self) -> None:
@@ -311,15 +341,9 @@ class Watch:
         os._exit(code)
 
     def _show_stacks(self) -> None:
-        print(f"stacks of rank {self._rank}:", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the disk may be full that the console is on
+            print(f"stacks of rank {self._rank}:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-
-
-def _end_stopped(beat: dict[str, Any]) -> None:
-    """Kill a rank of this host that does not even beat, as a process that was stopped."""
-    if beat.get("host") == platform.node():
-        with suppress(ProcessLookupError):
-            os.kill(beat["pid"], signal.SIGKILL)
 
 
 def _describe(rank: int, before: dict[str, Any], after: dict[str, Any]) -> str:

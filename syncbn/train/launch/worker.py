@@ -7,7 +7,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -34,11 +33,13 @@ from syncbn.train.device import (
     leave_process_group,
     why_not_on_gpus,
 )
+from syncbn.train.launch.permit import check_own_permit
 from syncbn.train.launch.rendezvous import agree, prefixed
-from syncbn.train.launch.watchdog import STOP_SIGNALS, Watch
+from syncbn.train.launch.watchdog import WATCHED, Watch
 from syncbn.train.loop import train
 from syncbn.train.run.directory import Result, RunDirectory, open_run
 from syncbn.train.run.lock import RunLock
+from syncbn.train.run.reasons import RANK_FAILED, RANK_HUNG, reason_of
 from syncbn.train.run.report import summarize
 from syncbn.train.schema import TrainConfig
 
@@ -76,36 +77,32 @@ def train_from_overrides(overrides: Sequence[str]) -> NoReturn:
             )
         config.launch.nproc = nproc
         typed = [*overrides, f"launch.nproc={nproc}"]
-        opened = held.enter_context(open_run(config, typed, _torchrun()))
+        opened = held.enter_context(open_run(config, typed, _torchrun(), check_own_permit))
         opened.lock.keep_from_children()
+        opened.directory.begin_attempt(opened.config.epochs)
         for change in opened.changes:
             print(f"syncbn-train: going on with {change}", file=sys.stderr)
         return opened.config, opened.directory
 
     with ExitStack() as held:
-        code = record(_work)(prepare) or 0
+        code = record(_agree_and_work)(prepare) or 0
     _leave(code)
 
 
-def be_launched_rank(run_dir: str, pid_pipe: int, lock: int) -> int:
-    """Be one rank of a job that `syncbn.train.launch.agent` started, and return its exit code.
+def be_launched_rank(config: TrainConfig, run: RunDirectory, lock: RunLock) -> int:
+    """Be one rank of a job that a supervisor started, and return its exit code.
 
     Args:
-        run_dir: the run's directory.
-        pid_pipe: where the agent reads which processes the ranks are.
-        lock: the descriptor of the directory's lock, which this process holds to its end.
+        config: the job.
+        run: the run's directory.
+        lock: of the directory, which this process holds to its end.
+
+    Raises:
+        Exception: this rank failed, and others may not have.
     """
-    run = RunDirectory(Path(run_dir))
-    RunLock(lock).keep_from_children()
-    for number in STOP_SIGNALS:  # of the agent it has inherited what to do
-        signal.signal(number, signal.SIG_DFL)
-    os.write(pid_pipe, f"{os.getpid()}\n".encode())
-    parent = os.getppid()
-    code = _work(lambda: (run.read_config(), run))
-    if os.getppid() != parent:  # torch would wait for the agent, for ever
-        _leave(code)
-    logging.shutdown()
-    return code
+    lock.keep_from_children()
+    # The store is of this attempt alone, so there is nothing to agree on.
+    return _work((config, run), _connect(), _connect())
 
 
 def _torchrun() -> str:
@@ -131,8 +128,8 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _work(prepare: Callable[[], Job]) -> int:
-    """Do this rank's part and return its exit code.
+def _agree_and_work(prepare: Callable[[], Job]) -> int:
+    """Learn the job from rank 0, do this rank's part, and return its exit code.
 
     Args:
         prepare: called on rank 0; returns the job, whose run directory is locked.
@@ -147,26 +144,37 @@ def _work(prepare: Callable[[], Job]) -> int:
         told = json.loads(text)
         if "error" in told:
             raise ConfigError(told["error"])
-        config, run = from_yaml(told["config"]), RunDirectory(Path(told["path"]))
+        job = from_yaml(told["config"]), RunDirectory(Path(told["path"]))
     except SyncBNError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
         return _exit_code(error)
+    return _work(job, prefixed(prefix, shared), prefixed(prefix, _connect()))
+
+
+def _work(job: Job, store: Store, own_store: Store) -> int:
+    """Do this rank's part of a job, and return its exit code.
+
+    Args:
+        job: the same on every rank.
+        store: of all ranks of this attempt, and of no other.
+        own_store: another connection to it, for a thread of its own.
+    """
+    config, run = job
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         local_rank, nproc = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         device = choose_device(config.launch, local_rank, nproc)
     except ConfigError as error:
         if rank == 0:
             print(f"syncbn-train: {error}", file=sys.stderr)
-            _record(run, Result("failed", str(error), {}, 0, 2))
+            _record(run, _failure(error))
         return 2
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     timeout_s = config.launch.timeout_s
-    store = prefixed(prefix, shared)
-    own = prefixed(f"{prefix}/watch", _connect_again())
     watch = Watch(
-        own,
+        prefixed(WATCHED, own_store),
         rank,
         world_size,
         timeout_s,
@@ -179,7 +187,7 @@ def _work(prepare: Callable[[], Job]) -> int:
     except TrainingError as error:  # each rank knows its own GPU alone
         print(f"syncbn-train: {error}", file=sys.stderr)
         if rank == 0:
-            _record(run, Result("failed", str(error), {}, 0, 1))
+            _record(run, _failure(error))
         raise
     watch.heed_signals()
     failed = False
@@ -195,14 +203,22 @@ def _work(prepare: Callable[[], Job]) -> int:
         code = _exit_code(error)
         if rank == 0:
             log.error("%s", error)
-            _record(run, Result("failed", str(error), {}, 0, code))
+            _record(run, _failure(error))
         return code
     except Exception as error:
         failed = True
         others, known = _is_about_others(error), True
-        reason = watch.blame() if others else ""
+        reason, code = (watch.blame() if others else ""), reason_of(error, RANK_FAILED)
         if reason:
+            code = RANK_HUNG
             log.error("rank %d gave up waiting: %s", rank, reason)
+        elif _is_timeout(error) and not watch.is_told:
+            reason = (
+                f"rank {rank} got no answer within launch.timeout_s={timeout_s:g}, though no rank "
+                f"hangs: the network between them is cut or too slow ({_first_line(error)})"
+            )
+            code = RANK_HUNG
+            log.exception("%s", reason)
         elif others and watch.is_told:
             reason, known = "another rank failed", False  # as whoever stopped this one will say
         else:
@@ -213,8 +229,9 @@ def _work(prepare: Callable[[], Job]) -> int:
                 log.exception("rank %d failed", rank)
                 reason = f"rank {rank} failed: {type(error).__name__}: {error}"
         if rank == 0 and known:
-            _record(run, Result("failed", reason, {}, 0, 1))
-        raise TrainingError(reason) from error
+            _record(run, Result("failed", reason, {}, 0, 1, reason=code))
+        watch.end_stopped()
+        raise TrainingError(reason).because(code) from error
     finally:
         watch.end()
         for loader_worker in multiprocessing.active_children():
@@ -228,6 +245,10 @@ def _work(prepare: Callable[[], Job]) -> int:
 
 def _exit_code(error: SyncBNError) -> int:
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def _failure(error: SyncBNError) -> Result:
+    return Result("failed", str(error), {}, 0, _exit_code(error), reason=reason_of(error))
 
 
 def _record(run: RunDirectory, result: Result) -> None:
@@ -245,8 +266,21 @@ def _is_about_others(error: Exception) -> bool:
     )
 
 
-def _connect_again() -> Store:
-    """Return a second connection to the ranks' store, for a thread of its own."""
+def _is_timeout(error: Exception) -> bool:
+    """Return whether an error says that a wait for another rank has ended for its length."""
+    text = str(error).lower()
+    if isinstance(error, ReplicaError):  # of a sum in shared memory
+        return "did not come within the group's time-out" in text
+    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, SyncBNError)
+    return is_torchs and "gloo" in text and "timed out" in text
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _connect() -> Store:
+    """Return a connection to the ranks' store."""
     return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from syncbn.errors import TrainingError
+from syncbn.train.run.reasons import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def name_best(directory: Path, position: Position) -> None:
     except OSError as error:
         raise TrainingError(
             f"cannot write {best}: {error.strerror}; make room, and resume"
-        ) from error
+        ).because(reason_of(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -196,7 +197,7 @@ class CheckpointWriter:
             raise TrainingError(
                 f"cannot write a checkpoint to {self._directory}: {error.strerror}; the ones "
                 "before it are intact, make room and resume"
-            ) from error
+            ).because(reason_of(error)) from error
 
     def _write(self, checkpoint: Checkpoint, is_best: bool) -> None:
         self._directory.mkdir(exist_ok=True)

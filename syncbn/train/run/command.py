@@ -34,8 +34,9 @@ List, compare and plot the runs of syncbn-train: every directory with a config.y
 result.json alone where a job of a sweep was refused, at most two levels below each PATH.
 
 status is what the run's result.json says: finished, failed or interrupted. Where there is none:
-  running   its lock is held, as far as this machine can tell
-  unknown   otherwise: it was killed, most likely
+  starting  its lock is held, as far as this machine can tell, and it loads its data and model
+  running   its lock is held, and it trains; with the steps made, and the time left until the last
+  unknown   its lock is free: it was killed, most likely
 and a run with a file that cannot be read is damaged. duration is that of the last attempt."""
 
 _EPILOG = """\
@@ -135,7 +136,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     for run in runs:
         for damage in run.damage:
             print(f"syncbn-runs: warning: {run.name} is damaged: {damage}", file=sys.stderr)
-    metrics = {key for run in runs for each in (*run.epochs, run.tests) for key in each}
+    metrics = {key for run in runs for each in (*run.epochs, run.tests) for key in each} - {"time"}
     if metrics:
         _check("metric", metric, metrics)
     for key in by:
@@ -184,14 +185,25 @@ def _run_table(runs: Sequence[Run], metric: str, at: str) -> list[Column]:
     seconds = [run.duration_s for run in runs]
     return [
         Column("run", names, names),
-        Column("status", statuses, statuses),
+        Column("status", statuses, [_status(run) for run in runs]),
         Column("epochs_done", done, [f"{n}/{all_}" for n, all_ in zip(done, planned, strict=True)]),
         Column(f"{at}_{metric}", chosen, [_measure(metric, value) for value in chosen]),
         Column("last_train_loss", losses, [_measure("train_loss", value) for value in losses]),
         Column("duration_s", seconds, [duration(value) for value in seconds]),
+        Column("reason", [run.reason for run in runs], None),
         Column("error", [run.error for run in runs], None),
         *(_key_column(key, [run.config.get(key) for run in runs]) for key in differing_keys(runs)),
     ]
+
+
+def _status(run: Run) -> str:
+    """Return a run's status, and how far it is while it runs."""
+    progress = run.progress
+    if run.status != "running" or progress is None or progress.total_steps is None:
+        return run.status
+    left = progress.time_left_s
+    doing = progress.phase if left is None else f"{duration(left)} left"
+    return f"running: step {progress.step} of {progress.total_steps}, {doing}"
 
 
 def _group_table(groups: Sequence[Group], by: Sequence[str], metric: str, at: str) -> list[Column]:

@@ -18,9 +18,11 @@ import yaml
 
 from syncbn.errors import ConfigError
 from syncbn.train.run.report import ENDS, Record, best_epoch, read_records, read_result
+from syncbn.train.run.status import Phase, Status, read_status
 from syncbn.train.schema import PLACES
 
-STATUSES = (*ENDS, "running", "unknown", "damaged")
+CONFIG_FILE = "config.yaml"
+STATUSES = (*ENDS, "starting", "running", "unknown", "damaged")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 10 times as fast, where it is there
 
 T = TypeVar("T")
@@ -36,6 +38,8 @@ class Run:
         epochs: the lines of metrics.jsonl.
         status: one of `STATUSES`.
         error: why it did not finish, or None.
+        reason: the code of why it ended, one of `syncbn.train.run.reasons`, or None.
+        progress: how far it is, where it has not ended.
         duration_s: seconds that the last attempt took; NaN where it has not ended.
         tests: metrics of the exported model on the test data; empty before the run has finished.
         damage: what cannot be read.
@@ -46,6 +50,8 @@ class Run:
     epochs: Sequence[Record]
     status: str
     error: str | None
+    reason: str | None
+    progress: Status | None
     duration_s: float
     tests: Mapping[str, float]
     damage: Sequence[str]
@@ -94,7 +100,7 @@ def find_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _run_directories(root: Path) -> list[Path]:
     # A job of a sweep that was refused has a result alone.
-    files = ("config.yaml", "result.json")
+    files = (CONFIG_FILE, "result.json")
     levels = ("", "*/", "*/*/")
     found = {each.parent for level in levels for file in files for each in root.glob(level + file)}
     return sorted(path for path in found if found.isdisjoint(path.parents))
@@ -110,23 +116,35 @@ def _read(path: Path, name: str) -> Run:
             damage.append(f"{path / file}: {' '.join(str(error).split())}")
             return otherwise
 
-    config = read(_read_config, "config.yaml", {})
+    config = read(read_settings, CONFIG_FILE, {})
     result = read(read_result, "result.json", {})
     epochs, wrong = read(read_records, "metrics.jsonl", ([], []))
     if wrong:
         lines = ", ".join(map(str, wrong))
         damage.append(f"{path / 'metrics.jsonl'}: not an object of numbers in line {lines}")
+    progress = None if result else read_status(path)
     if damage:
         status = "damaged"
+    elif result:
+        status = result["status"]
+    elif _is_locked(path):
+        is_starting = not epochs if progress is None else progress.phase == Phase.LOADING
+        status = "starting" if is_starting else "running"
     else:
-        status = result.get("status") or ("running" if _is_locked(path) else "unknown")
+        status = "unknown"
     duration_s = result.get("duration_s", math.nan)
     measured = result.get("metrics") or {}
     tests = {key: value for key, value in measured.items() if key.startswith("test_")}
-    return Run(name, config, epochs, status, result.get("error"), duration_s, tests, damage)
+    error, reason = result.get("error"), result.get("reason")
+    return Run(name, config, epochs, status, error, reason, progress, duration_s, tests, damage)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the configuration in a file by dotted keys; nothing if there is no file.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: it cannot be read, or holds none.
+    """
     loaded = yaml.load(file.read_text(), _LOADER) if file.exists() else {}  # noqa: S506 -- safe
     if not isinstance(loaded, dict):
         raise ValueError("not a configuration")

@@ -5,13 +5,12 @@ Only rank 0 writes here, and whoever started it before and after it.
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,20 @@ from typing import Any
 from syncbn.errors import ConfigError
 from syncbn.train.changes import CONFIG_FILE, check_changes, read_config, resumed_config
 from syncbn.train.config import to_yaml
+from syncbn.train.run.attempts import (
+    ATTEMPTS_FILE,
+    begin_attempt,
+    completed,
+    keep_attempt,
+    note_restart,
+    read_attempts,
+)
+from syncbn.train.run.files import append_line, read_lines, replace_file
 from syncbn.train.run.lock import LOCK_FILE, RunLock, lock_directory
+from syncbn.train.run.publish import whole_bundle
+from syncbn.train.run.result import RESULT_FILE, Result, best_of, read_result, write_result
+from syncbn.train.run.status import Status, read_status
 from syncbn.train.schema import TrainConfig
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """How an attempt at a run ended.
-
-    Attributes:
-        status: "finished", "failed" or "interrupted".
-        error: why, in words; None where it finished.
-        metrics: those of the best epoch; empty where there is none.
-        duration_s: seconds that this attempt took.
-        exit_code: of the processes: 0, 1, 2 for a wrong configuration, 128 + a signal's number.
-        evaluations: how good the exported model is: a split, the number of its samples, whether the
-            statistics are as trained or recalibrated, and metrics with their 95 % intervals.
-        objective: what a sweep minimizes: the validation error of the best epoch, and in a run of
-            an earlier version the test error; None if the run did not finish.
-    """
-
-    status: str
-    error: str | None
-    metrics: dict[str, float]
-    duration_s: float
-    exit_code: int
-    evaluations: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    objective: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class RunDirectory:
     @property
     def result_file(self) -> Path:
         """How the last attempt ended; not there while one is under way."""
-        return self.path / "result.json"
+        return self.path / RESULT_FILE
 
     @property
     def log_file(self) -> Path:
@@ -109,15 +93,15 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the metrics of the epochs so far, oldest first."""
-        return _read_lines(self.metrics_file)
+        return read_lines(self.metrics_file)
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Add one epoch's metrics, in one write that reaches the file before it returns."""
-        _append_line(self.metrics_file, metrics)
+        append_line(self.metrics_file, metrics)
 
     def append_step(self, metrics: Mapping[str, float]) -> None:
         """Add what was measured at one step, likewise."""
-        _append_line(self.steps_file, metrics)
+        append_line(self.steps_file, metrics)
 
     def forget_after(self, step: int, epochs: int) -> None:
         """Drop the lines of later steps and epochs, which a resumed run will produce again.
@@ -130,75 +114,71 @@ class RunDirectory:
         for file, ended in ((self.metrics_file, epochs), (self.steps_file, math.inf)):
             kept = [
                 line
-                for line in _read_lines(file)
+                for line in read_lines(file)
                 if line["step"] <= step and line.get("epoch", 0) <= ended
             ]
-            _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+            replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read_result(self) -> Result | None:
         """Return how the last attempt ended, or None where none has ended in an orderly way."""
-        try:
-            return _result(json.loads(self.result_file.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return read_result(self.path)
 
-    def write_result(self, result: Result) -> None:
-        """Say how an attempt ended; a reader sees all of it or nothing."""
-        _replace(self.result_file, json.dumps(dataclasses.asdict(result)) + "\n")
+    def write_result(self, result: Result) -> Result:
+        """Say how an attempt ended; a reader sees all of it or nothing.
+
+        Returns:
+            The result with what it did not say: its reason, the attempt's number and times, how
+            long it took, and the metrics of the best epoch.
+        """
+        metrics = result.metrics or best_of(self.read_metrics())
+        result = completed(self.path, dataclasses.replace(result, metrics=metrics))
+        write_result(self.path, result)
+        return result
+
+    def read_status(self) -> dict[str, Any] | None:
+        """Return how far the last attempt is or was, or None where that is not known."""
+        status = read_status(self.path)
+        return None if status is None else dataclasses.asdict(status)
+
+    def read_attempts(self) -> list[Result]:
+        """Return how the attempts ended, in their order, without one that is under way."""
+        return read_attempts(self.path)
+
+    def keep_attempt(self) -> None:
+        """Put what the last attempt left with the attempts before it, and away.
+
+        A kill at any moment leaves it in one of both places, or in both, which counts once.
+
+        Raises:
+            OSError: it cannot be written; nothing is lost.
+        """
+        keep_attempt(self.path, best_of(self.read_metrics()))
+
+    def begin_attempt(self, epochs: int) -> Status:
+        """Keep what an attempt before this one left, and say that one begins now.
+
+        Called under the lock, by who starts the ranks; a rank that is started again goes on with
+        the same attempt.
+
+        Args:
+            epochs: of the whole run.
+
+        Raises:
+            OSError: what was left cannot be kept.
+        """
+        self.keep_attempt()
+        return begin_attempt(self.path, epochs)
+
+    def note_restart(self) -> None:
+        """Say that all ranks of the attempt that is under way are started again."""
+        note_restart(self.path)
 
     def tracker_id(self) -> str:
         """Return the name under which trackers know this run, the same for each attempt at it."""
         file = self.path / "tracker_id"
         if not file.exists():
-            _replace(file, secrets.token_hex(8))
+            replace_file(file, secrets.token_hex(8))
         return file.read_text()
-
-
-def _result(values: dict[str, Any]) -> Result:
-    """Return the result that a file holds, also one of an earlier version."""
-    metrics = values.get("metrics", {})
-    if "objective" not in values and values.get("status") == "finished":
-        tested = metrics.get("ema_test_accuracy", metrics.get("test_accuracy"))
-        return Result(**values, objective=None if tested is None else 1 - tested)
-    return Result(**values)
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of lines, without those that are damaged, which is said."""
-    if not file.exists():
-        return []
-    lines: list[dict[str, Any]] = []
-    damaged: list[int] = []
-    # The last line may have been cut short by a kill, and then says nothing.
-    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            line = json.loads(text)
-            assert isinstance(line["step"], int | float)
-            assert isinstance(line.get("epoch", 0), int | float)
-            lines.append(line)
-        except (ValueError, LookupError, TypeError, AssertionError, RecursionError):
-            damaged.append(number)
-    if damaged:
-        log.warning("%s: passed over damaged lines %s", file, ", ".join(map(str, damaged)))
-    return lines
-
-
-def _append_line(file: Path, values: Mapping[str, float]) -> None:
-    with file.open("a") as stream:
-        stream.write(json.dumps(values) + "\n")
-
-
-def _replace(file: Path, content: str) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    try:
-        with temporary.open("w") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -225,7 +205,10 @@ class OpenRun:
 
 
 def open_run(
-    config: TrainConfig, overrides: Sequence[str] | None = None, started_by: str | None = None
+    config: TrainConfig,
+    overrides: Sequence[str] | None = None,
+    started_by: str | None = None,
+    check: Callable[[], None] | None = None,
 ) -> OpenRun:
     """Make the directory of a new run and write its config, or open that of a run that goes on.
 
@@ -239,6 +222,7 @@ def open_run(
         overrides: what of it was typed, as on the command line; None: all of it.
         started_by: who starts it. A second call for the same starter, which is a restart, opens
             the directory of the first.
+        check: called with the lock and before anything is written; raises if it must not be.
 
     Raises:
         ConfigError: another job is in the directory, or it is no run's, or its run cannot go on
@@ -256,6 +240,8 @@ def open_run(
             run.path.mkdir(parents=True, exist_ok=run.path != fresh)
             lock = opened.enter_context(run.lock())
             _check_free(run)  # again, as nobody else writes from now on
+            if check is not None:
+                check()
             changes: list[str] = []
             if run.config_file.exists():
                 stored = run.read_config()
@@ -264,10 +250,10 @@ def open_run(
                     resumed.run_dir = config.run_dir or resumed.run_dir
                     config = resumed
                 changes = _check_resumable(run, stored, config)
-                run.result_file.unlink(missing_ok=True)
-            _replace(run.config_file, to_yaml(config))
+            run.keep_attempt()
+            replace_file(run.config_file, to_yaml(config))
             if started_by is not None:
-                _replace(run.path / _STARTER, started_by)
+                replace_file(run.path / _STARTER, started_by)
             _note(run, changes)
         except OSError as error:
             raise ConfigError(
@@ -314,13 +300,15 @@ def _check_publishable(directory: Path, name: str) -> None:
     model = directory / name
     if model.exists() and not model.is_dir():
         raise ConfigError(f"publish={directory}: {name} in it is no directory")
+    if (why := whole_bundle(directory, name)) is not None:
+        raise ConfigError(f"publish={directory}: {why}")
     if not os.access(model if model.exists() else directory, os.W_OK | os.X_OK):
         raise ConfigError(f"publish={directory}: cannot be written to by this user")
 
 
 _STARTER = ".started_by"
-# What a job that was killed may have left before it wrote its configuration.
-_OURS = (LOCK_FILE, _STARTER, f"{CONFIG_FILE}.tmp")
+# What a job may have left that was killed before it wrote its configuration, or refused.
+_OURS = (LOCK_FILE, _STARTER, f"{CONFIG_FILE}.tmp", RESULT_FILE, ATTEMPTS_FILE)
 
 
 def _restarted(config: TrainConfig, started_by: str | None) -> Path | None:

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import socket
 import time
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +13,14 @@ LOCK_FILE = ".lock"
 # A predecessor that was told to end may hold the lock for a moment.
 _TIMEOUT_S = 5
 _POLL_S = 0.05
-_PATH_BYTES = 1 << 16
 
 
 class RunLock:
     """A lock that processes share by a file descriptor, and the kernel gives back.
 
-    It belongs to the descriptor's open file, so the launcher can hand it to the agent and the agent
-    to its ranks without a moment in which it is free. It is free when all of them have closed it
-    or have ended, in whatever way.
+    It belongs to the descriptor's open file, so the launcher can hand it to the supervisor, and the
+    supervisor to its ranks, without a moment in which it is free. It is free when all of them have
+    closed it or have ended, in whatever way.
 
     Args:
         descriptor: of the locked file, which this closes.
@@ -89,20 +87,3 @@ def _try(descriptor: int) -> bool:
             return False
         raise
     return True
-
-
-def send_job(agent: socket.socket, run_dir: Path, lock: RunLock) -> None:
-    """Give a job to the process at the other end of a socket, with a part in its lock."""
-    socket.send_fds(agent, [f"{run_dir}\n".encode()], [lock.fileno()])
-
-
-def receive_job() -> tuple[str, RunLock | None]:
-    """Return the run directory that `send_job` sent to standard input, and the lock; or none.
-
-    Reads nothing behind it.
-    """
-    with socket.socket(fileno=os.dup(0)) as launcher:
-        line, descriptors, _, _ = socket.recv_fds(launcher, _PATH_BYTES, 1)
-        while line and not line.endswith(b"\n"):
-            line += launcher.recv(_PATH_BYTES) or b"\n"
-    return line.decode().rstrip("\n"), RunLock(descriptors[0]) if descriptors else None

@@ -3,14 +3,17 @@
 Imports matplotlib only to draw, which takes a second.
 """
 
+import io
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import yaml
 
 from syncbn.errors import ConfigError
-from syncbn.train.run.comparison import Group, Run, order
+from syncbn.train.run.comparison import CONFIG_FILE, Group, Run, order, read_settings
 from syncbn.train.run.report import Record, is_share, read_records
 
 if TYPE_CHECKING:
@@ -26,7 +29,6 @@ _STYLE: Any = {
     "axes.prop_cycle": f"cycler(linestyle=['-', '--', ':']) * cycler(color={_COLORS})",
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
     "grid.color": "#dddddd",
     "legend.fontsize": 8,
     "legend.frameon": False,
@@ -35,6 +37,8 @@ _STYLE: Any = {
     "savefig.dpi": 120,
     "text.parse_math": False,  # names of runs may hold a $
 }
+# Directories of any run: of the only job of a sweep, and of a job of the service.
+_NAMES_OF_ANY = ("defaults", "run")
 # Losses that span more than this factor are told apart only on a logarithmic axis.
 _LOG_SPAN = 20
 # As many as differ in color or line.
@@ -56,8 +60,10 @@ def plot_curves(run_path: Path) -> Path:
     epochs, _ = read_records(run_path / "metrics.jsonl")
     steps, _ = read_records(run_path / "steps.jsonl")
     file = run_path / "curves.png"
-    with _drawing(file, 15, 4.5) as figure:
-        figure.suptitle(run_path.resolve().name)
+    # Looking for margins takes as long as a small run trains, and these fit all curves.
+    with _drawing(file, 15, 4.5, layout=None) as figure:
+        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.12, top=0.9, wspace=0.22)
+        figure.suptitle(title(run_path.resolve()))
         panels: Sequence[Axes] = figure.subplots(1, 3)
         metric = _metric_of(epochs)
         for panel, name in zip(panels, ("loss", metric), strict=False):
@@ -79,6 +85,30 @@ def plot_curves(run_path: Path) -> Path:
         _label(panels[2], "learning rate")
         panels[2].set_ylim(bottom=0)
     return file
+
+
+def title(run_path: Path) -> str:
+    """Return what a picture of a run is called: by its directory, and the job's name if need be.
+
+    Args:
+        run_path: the run's directory.
+    """
+    try:
+        job = str(read_settings(run_path / CONFIG_FILE).get("name", ""))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        job = ""
+    if run_path.name in _NAMES_OF_ANY:
+        return job or run_path.name
+    return run_path.name if job in run_path.name else f"{job}, {run_path.name}"
+
+
+def warm_up() -> None:
+    """Load matplotlib and its fonts, for the processes that are forked from this one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().set_title("text")
+    figure.savefig(io.BytesIO())
 
 
 def plot_runs(runs: Sequence[Run], metric: str, file: Path) -> None:
@@ -161,7 +191,13 @@ def _metric_of(epochs: Sequence[Record]) -> str:
 
 
 @contextmanager
-def _drawing(file: Path, width: float, height: float, legend: int = 0) -> Generator["Figure"]:
+def _drawing(
+    file: Path,
+    width: float,
+    height: float,
+    legend: int = 0,
+    layout: Literal["constrained"] | None = "constrained",
+) -> Generator["Figure"]:
     """Give a figure to draw on, and write it with a legend of so many lines below."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -169,7 +205,7 @@ def _drawing(file: Path, width: float, height: float, legend: int = 0) -> Genera
     with rc_context(_STYLE):
         if not 0 < legend <= _LEGEND_MAX:
             legend = 0
-        figure = Figure(figsize=(width, height + 0.2 * legend))
+        figure = Figure(figsize=(width, height + 0.2 * legend), layout=layout)
         yield figure
         if legend:
             figure.legend(loc="outside lower center")

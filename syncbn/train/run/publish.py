@@ -11,15 +11,32 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from syncbn.bundle import MANIFEST_FILE
 from syncbn.errors import TrainingError
+from syncbn.train.run.reasons import PUBLISH
 
 log = logging.getLogger(__name__)
 
+# As in syncbn.bundle, which brings torch.
+MANIFEST_FILE = "bundle.json"
 _LOCK = ".publish.lock"
 _LOCK_TIMEOUT_S = 60
 _TEMPORARY = ".new."
 _VERSION = re.compile("[1-9][0-9]*")
+
+
+def whole_bundle(directory: Path, name: str) -> str | None:
+    """Return why no version of a model would be served: it has none; None: one would be.
+
+    Args:
+        directory: of all models.
+        name: of the model.
+    """
+    if not (directory / name / MANIFEST_FILE).is_file():
+        return None
+    return (
+        f"{name} in it is one bundle without versions, beside which no version is served: choose "
+        f"another name, or move the bundle to {name}/1"
+    )
 
 
 def publish(bundle: Path, directory: Path, name: str) -> Path:
@@ -38,9 +55,11 @@ def publish(bundle: Path, directory: Path, name: str) -> Path:
         The copy.
 
     Raises:
-        TrainingError: it cannot be written; `bundle` is safe.
+        TrainingError: it cannot be written, or would not be served; `bundle` is safe.
     """
     models = directory / name
+    if (why := whole_bundle(directory, name)) is not None:
+        raise TrainingError(f"{directory}: {why}").because(PUBLISH)
     temporary: Path | None = None
     held = -1
     try:
@@ -61,13 +80,11 @@ def publish(bundle: Path, directory: Path, name: str) -> Path:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         with FileLock(models / _LOCK, timeout=_LOCK_TIMEOUT_S):
-            versions = [int(path.name) for path in models.iterdir() if _is_version(path)]
-            manifest = _manifest(bundle)
-            for version in sorted(versions, reverse=True):
-                path = models / str(version)
-                if _manifest(path) == manifest:
-                    log.info("published already, as %s", path)
-                    return path
+            version = published_version(bundle, directory, name)
+            if version is not None:
+                log.info("published already, as %s", models / str(version))
+                return models / str(version)
+            versions = _versions(models)
             path = models / str(max(versions, default=0) + 1)
             temporary.rename(path)
         log.info("published as %s", path)
@@ -77,12 +94,33 @@ def publish(bundle: Path, directory: Path, name: str) -> Path:
             f"the bundle could not be published: {error}; it is safe in {bundle}. Once that is "
             "mended, the same command with this run's run_dir publishes it, or by hand: "
             f"cp -r {bundle} {models}/.new && mv {models}/.new {models}/VERSION, a new number"
-        ) from error
+        ).because(PUBLISH) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if held >= 0:
             os.close(held)
+
+
+def published_version(bundle: Path, directory: Path, name: str) -> int | None:
+    """Return the newest version of a published model that is a copy of a bundle, or None.
+
+    Args:
+        bundle: of the run.
+        directory: of all models.
+        name: of the model.
+    """
+    models, manifest = directory / name, _manifest(bundle)
+    if manifest is None:
+        return None
+    for version in sorted(_versions(models), reverse=True):
+        if _manifest(models / str(version)) == manifest:
+            return version
+    return None
+
+
+def _versions(models: Path) -> list[int]:
+    return [int(path.name) for path in models.glob("*") if _is_version(path)]
 
 
 def _remove_abandoned(models: Path) -> None:

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 
 from syncbn.errors import TrainingError
+from syncbn.train.agreement import from_rank_0
 from syncbn.train.generators import generator_states
 from syncbn.train.run.checkpoint import Checkpoint, CheckpointWriter
 from syncbn.train.run.directory import RunDirectory
+from syncbn.train.run.reasons import reason_of
 
 
 class Records:
@@ -25,7 +27,7 @@ class Records:
         self._run = run
         self._device = device
         self._writer = None if run is None else CheckpointWriter(run.checkpoints_dir, keep)
-        self._failure: str | None = None
+        self._failure: TrainingError | None = None
 
     @property
     def failed(self) -> bool:
@@ -39,7 +41,8 @@ class Records:
         try:
             what(self._run)
         except OSError as error:
-            self._fail(f"cannot write to {self._run.path}: {error.strerror}")
+            failure = TrainingError(f"cannot write to {self._run.path}: {error.strerror}")
+            self._fail(failure.because(reason_of(error)))
 
     def write_checkpoint(
         self, make: Callable[[list[dict[str, Any]]], Checkpoint], is_best: bool
@@ -59,7 +62,7 @@ class Records:
         try:
             self._writer.write(make(states), is_best)
         except TrainingError as error:
-            self._fail(str(error))
+            self._fail(error)
 
     def finish(self) -> None:
         """Wait until all is written.
@@ -73,7 +76,7 @@ class Records:
             try:
                 self._writer.wait()
             except TrainingError as error:
-                self._fail(str(error))
+                self._fail(error)
         self.raise_failure()
 
     def raise_failure(self) -> None:
@@ -84,10 +87,10 @@ class Records:
         Raises:
             TrainingError: it could not, on every rank.
         """
-        failure = [self._failure]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise TrainingError(failure[0])
+        failure = from_rank_0(self._failure)
+        if failure is not None:
+            raise failure
 
-    def _fail(self, reason: str) -> None:
-        self._failure = self._failure or reason  # what comes later follows from the first
+    def _fail(self, failure: TrainingError) -> None:
+        # What comes later follows from the first.
+        self._failure = self._failure or failure.with_traceback(None)

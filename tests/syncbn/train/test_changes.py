@@ -102,7 +102,7 @@ def test_what_may_not_change_is_refused_by_name_with_what_to_do(
         ("norn=sync", "unknown key 'norn'; did you mean 'norm'"),
         ("optim.lr=fast", "optim.lr: Value 'fast' of type 'str'"),
         ("optim.lr=-1", "optim.lr=-1.0: input should be greater than 0"),
-        ("norm=batch", "Could not find 'norm/batch'"),
+        ("norm=batch", "norm=batch: choose one of local, none, penalty"),
         ("epochs", "Error parsing override 'epochs'"),
     ],
 )

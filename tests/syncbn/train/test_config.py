@@ -1,3 +1,4 @@
+import inspect
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,13 @@ import pytest
 import torch
 
 from syncbn.errors import ConfigError
-from syncbn.train.catalog import optimizer_names, timm_names, torchvision_names
+from syncbn.train.catalog import (
+    optimizer_arguments,
+    optimizer_names,
+    timm_names,
+    torchvision_names,
+    torchvision_segmenters,
+)
 from syncbn.train.config import compose_config, config_dir, config_sha256, from_yaml, to_yaml
 from syncbn.train.schema import (
     AdamWConfig,
@@ -151,11 +158,16 @@ def test_names_come_from_the_installed_torch_torchvision_and_timm() -> None:
     modules = torchvision.models, torchvision.models.segmentation
     known = [name for module in modules for name in torchvision.models.list_models(module=module)]
     assert list(torchvision_names()) == sorted(known)
+    segmenters = torchvision.models.list_models(module=torchvision.models.segmentation)
+    assert list(torchvision_segmenters()) == sorted(segmenters)
     import timm
 
     assert sorted(timm_names()) == sorted(timm.list_models())
     for name in optimizer_names():
-        assert issubclass(getattr(torch.optim, name), torch.optim.Optimizer)
+        optimizer = getattr(torch.optim, name)
+        assert issubclass(optimizer, torch.optim.Optimizer)
+        parameters = set(inspect.signature(optimizer).parameters)
+        assert set(optimizer_arguments()[name]) == parameters - {"params", "lr"}
     assert {"SGD", "AdamW", "RMSprop"} < set(optimizer_names())
 
 
@@ -189,7 +201,7 @@ def test_hash_tells_configurations_apart() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("norm=batch", r"(?s)Could not find 'norm/batch'.*local.*none.*sync"),
+        ("norm=batch", r"norm=batch: choose one of local, none, penalty"),
         ("norn=sync", r"unknown key 'norn'; did you mean 'norm'\? valid: name, seed"),
         ("optim.lrr=1", r"unknown key 'optim.lrr'; did you mean 'lr'\? valid: name, lr"),
         ("+optim.foo=1", r"unknown key 'optim.foo'; valid: name, lr"),
@@ -214,6 +226,9 @@ def test_hash_tells_configurations_apart() -> None:
         ("launch.load_timeout_s=0", r"launch.load_timeout_s=0.0: input should be greater than 0"),
         ("launch.nproc=1000000", r"launch.nproc=1000000: input should be less than or equal to"),
         ("norm.name=batch", r"norm.name=batch: choose one of sync, local, none"),
+        ("norm=synch", r"norm=synch: did you mean sync\? choose one of local, none, penalty"),
+        ("lr=0.1", r"unknown key 'lr'; did you mean 'optim.lr'\? valid: name, seed"),
+        ("eps=0.1", r"unknown key 'eps'; did you mean 'norm.eps'\?"),
         ("name=a/b", r"name=a/b: string should match"),
         ("epochs", r"Error parsing override 'epochs'"),
         ("~norm", r"norm: Missing mandatory value"),

@@ -173,7 +173,7 @@ def test_run_told_to_stop_goes_on_bit_identical_if_deterministic(
 ) -> None:
     how = [*_EXACT, *world, *overrides]
     job = Job(tmp_path / "stopped", *how)
-    wait_until(lambda: len(_lines(job.run)) >= 10 or not job.agent.is_alive(), _DEADLINE_S)
+    wait_until(lambda: len(_lines(job.run)) >= 10 or not job.supervisor.is_alive(), _DEADLINE_S)
     os.kill(job.ranks()[-1], signal.SIGTERM)
     assert job.wait(_DEADLINE_S) == 128 + signal.SIGTERM, Path(f"{job.run.path}.out").read_text()
     result = job.run.read_result()
@@ -215,7 +215,7 @@ def test_run_on_the_cpu_goes_on_on_a_gpu_and_says_so(tmp_path: Path) -> None:
     common = ("epochs=3", "log_every_steps=1", "launch.nproc=1")
     job = Job(tmp_path / "run", *common)
     wait_until(lambda: len(_lines(job.run)) >= 10)
-    os.kill(job.agent.pid, signal.SIGTERM)
+    os.kill(job.supervisor.pid, signal.SIGTERM)
     job.wait()
     run = _finish(tmp_path / "run", *common, *_ONE)
     assert f"the run goes on on {DEVICE}, and was on cpu" in run.log_file.read_text()

@@ -284,13 +284,13 @@ import torch
 asked = []
 torch._C._cuda_getDeviceCount = lambda: asked.append(1) or 0
 import importlib
-import syncbn.train.launch.agent
+import syncbn.train.launch.supervisor
 importlib.import_module("torch._dynamo")
 assert not asked and not torch.cuda.is_initialized()
 """
 
 
 @pytest.mark.long
-def test_agent_leaves_cuda_alone_which_a_fork_could_not_use_any_more() -> None:
+def test_supervisor_leaves_cuda_alone_which_a_fork_could_not_use_any_more() -> None:
     checkout = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", _COUNT], check=True, timeout=120, cwd=checkout)

@@ -50,7 +50,7 @@ def test_finished_run_is_extended_and_published_again(tmp_path: Path) -> None:
 def test_directory_alone_resumes_what_was_stopped(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "epochs=40", "log_every_steps=1", "norm=local", "data.workers=1")
     wait_until(job.run.steps_file.exists)
-    os.kill(job.agent.pid, signal.SIGTERM)
+    os.kill(job.supervisor.pid, signal.SIGTERM)
     assert job.wait() == 128 + signal.SIGTERM
     before = job.run.read_config()
     again = _Again(tmp_path / "run")

@@ -42,11 +42,11 @@ def test_run_killed_at_random_instants_ends_bit_identical(
         run_dir = tmp_path / f"killed-{number}"
         job = Job(run_dir, *overrides)
         # From before the ranks are there to after the last step.
-        job.agent.join(chance.uniform(0.2, 1) * duration_s)
-        if job.agent.exitcode is None:
+        job.supervisor.join(chance.uniform(0.2, 1) * duration_s)
+        if job.supervisor.exitcode is None:
             killed += 1
             ranks = job.ranks()
-            if ranks and chance.random() < 0.5:  # one rank; the agent ends the others
+            if ranks and chance.random() < 0.5:  # one rank; the supervisor ends the others
                 with suppress(ProcessLookupError):
                     os.kill(chance.choice(ranks), signal.SIGKILL)
                 assert job.wait() in (0, 1)  # 0: its last act was done

@@ -1,7 +1,9 @@
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -368,10 +370,16 @@ def test_error_of_one_rank_is_raised_on_all() -> None:
     assert run_world(3, _fail_on_one) == ["rank 1 has no such file"] * 3
 
 
-def test_unwritable_directory_is_one_error_on_every_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.EISDIR, "internal"), (errno.ENOSPC, "disk_full")]
+)
+def test_unwritable_directory_is_one_error_on_every_rank(
+    tmp_path: Path, number: int, reason: str
+) -> None:
     run_dir = tmp_path / "run"
-    for text in run_world(2, _train_without_steps_file, [f"run_dir={run_dir}", "epochs=1"]):
-        assert text == f"TrainingError: cannot write to {run_dir}: Is a directory"
+    what = [f"run_dir={run_dir}", "epochs=1"]
+    for text in run_world(2, _train_without_steps_file, what, number):
+        assert text == f"{reason}: cannot write to {run_dir}: {os.strerror(number)}"
 
 
 def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> None:
@@ -405,7 +413,7 @@ def test_processes_that_fetch_have_ended_when_training_has(tmp_path: Path) -> No
     assert not left
 
 
-def _train_without_steps_file(overrides: list[str]) -> str:
+def _train_without_steps_file(overrides: list[str], number: int) -> str:
     if dist.get_rank() == 0:
         config = compose_config([*SMALL, *overrides])
         (open_run_directory(config).path / "checkpoints").touch()
@@ -413,10 +421,14 @@ def _train_without_steps_file(overrides: list[str]) -> str:
     original = directory.RunDirectory.append_step
 
     def fail(self: RunDirectory, metrics: object) -> None:
-        raise OSError(21, "Is a directory")
+        raise OSError(number, os.strerror(number))
 
     directory.RunDirectory.append_step = fail
     try:
-        return _train_or_explain(overrides)
+        _train(overrides)
+    except TrainingError as error:
+        return f"{error.reason}: {error}"
+    else:
+        return ""
     finally:
         directory.RunDirectory.append_step = original

@@ -162,7 +162,7 @@ def test_run_with_frozen_parts_and_groups_ends_bit_identical_after_a_stop(tmp_pa
     job = Job(tmp_path / "stopped", *overrides)
     lines = job.run.path / "steps.jsonl"
     wait_until(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 5)
-    os.kill(job.agent.pid, signal.SIGTERM)
+    os.kill(job.supervisor.pid, signal.SIGTERM)
     assert job.wait(20) == 128 + signal.SIGTERM
     (start,) = [read_checkpoint(file) for file in checkpoint_files(job.run.checkpoints_dir)]
     assert whole_outcome(tmp_path / "stopped", *overrides) == whole

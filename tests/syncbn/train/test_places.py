@@ -7,6 +7,7 @@ signal to stop does depends on the next look for it alone, so it is sent right b
 
 import contextlib
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -33,6 +34,10 @@ CASES = {
     "two epochs, ended after the first": ("epochs=2", "max_steps=3"),
     "two epochs, ended within the second": ("epochs=2", "max_steps=4"),
 }
+
+
+# Of a result: which attempt it was, and when.
+TIMES = {"attempt", "started", "ended", "duration_s"}
 
 
 class Whole:
@@ -85,7 +90,7 @@ class Whole:
         self.check_end(where)
 
     def check_rank_killed(self, rank: int, at: int) -> None:
-        """Kill a rank at a place, end the other as the agent does, and go on."""
+        """Kill a rank at a place, end the other as the supervisor does, and go on."""
         self.run.clear()
         attempt = self.run.attempt(Act(rank=rank, signal=SIGKILL, at=at))
         where = f"rank {rank} killed at {self.places[rank][at]!r}"
@@ -94,14 +99,17 @@ class Whole:
 
 
 def end(run: TinyRun) -> dict[str, Any]:
-    """Return the content of a finished run's files, in a comparable form."""
+    """Return the content of a finished run's files, without times and attempts."""
     newest = checkpoint_files(run.directory.checkpoints_dir)[0]
     found: dict[str, Any] = {}
     for name, content in run.files().items():
         file = run.work / name
-        if IGNORED.search(name):
+        if IGNORED.search(name) or file.name == "attempts.jsonl":
             continue
-        if file.suffix != ".ckpt":
+        if file.name == "result.json":
+            result = json.loads(content or b"")
+            found[name] = {key: result[key] for key in result.keys() - TIMES}
+        elif file.suffix != ".ckpt":
             found[RANDOM.sub(".temporary", name)] = content
         elif not file.name.startswith("step-") or file == newest:  # older ones may be others
             found[name] = comparable(vars(read_checkpoint(file)))

@@ -1,6 +1,7 @@
 """Our training against a loop that somebody wrote who had not read ours."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -265,6 +266,7 @@ def _assert_same_state(ours: dict[str, Tensor], plain: dict[str, Tensor]) -> Non
 def test_ranks_end_with_what_a_plain_loop_in_one_process_ends_with(
     tmp_path: Path, case: Case
 ) -> None:
+    started = time.time()
     run_dir, weights = tmp_path / "run", tmp_path / "weights.pt"
     overrides = ["track=none", "launch.device=cpu", "log_every_steps=1", "epochs=2", *case.typed]
     overrides += [f"data.batch_size={case.batch_size}", f"model.weights={weights}"]
@@ -281,6 +283,7 @@ def test_ranks_end_with_what_a_plain_loop_in_one_process_ends_with(
 
     lines = RunDirectory(run_dir).read_metrics()
     for line in lines:
+        assert started < line.pop("time") < time.time()
         assert line.pop("images_per_s") > 0
         assert line.pop("skipped_steps") == 0
     assert lines == [pytest.approx(line, rel=TOLERANCE, abs=TOLERANCE) for line in plain.metrics]

@@ -41,7 +41,7 @@ def test_rank_that_is_killed_is_started_again_and_ends_bit_identical(
 @pytest.mark.parametrize(
     ("number", "to"),
     [
-        (signal.SIGTERM, "agent"),
+        (signal.SIGTERM, "supervisor"),
         pytest.param(signal.SIGTERM, "a rank", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, "a rank", marks=pytest.mark.long),
     ],
@@ -51,7 +51,7 @@ def test_run_told_to_stop_writes_its_state_and_goes_on_bit_identical(
 ) -> None:
     job = Job(tmp_path / "stopped", *SHORT)
     wait_until(lambda: len(_lines(job)) >= 10)
-    os.kill(job.agent.pid if to == "agent" else job.ranks()[1], number)
+    os.kill(job.supervisor.pid if to == "supervisor" else job.ranks()[1], number)
     assert job.wait(20) == 128 + number
     result = job.run.read_result()
     assert result is not None
@@ -65,22 +65,23 @@ def test_ranks_end_with_a_checkpoint_when_the_launcher_is_gone(tmp_path: Path) -
     wait_until(lambda: len(_lines(job)) >= 10)
     ranks = job.ranks()
     job.lose_launcher()
-    job.agent.join(20)
-    assert job.agent.exitcode == 128 + signal.SIGTERM
+    job.supervisor.join(20)
+    assert job.supervisor.exitcode == 128 + signal.SIGTERM
     assert not any(is_alive(rank) for rank in ranks)
     assert checkpoint_files(job.run.checkpoints_dir)
 
 
-def test_ranks_end_by_themselves_when_the_agent_is_killed(tmp_path: Path) -> None:
-    job = Job(tmp_path / "orphan", "epochs=200", "log_every_steps=1")
+def test_run_of_a_killed_supervisor_goes_on_bit_identical(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
+    job = Job(tmp_path / "killed", *SHORT)
     wait_until(lambda: len(_lines(job)) >= 10)
     ranks = job.ranks()
-    os.kill(job.agent.pid, signal.SIGKILL)
+    os.kill(job.supervisor.pid, signal.SIGKILL)
     wait_until(lambda: not any(is_alive(rank) for rank in ranks), 20)
     job.kill_all()
-    result = job.run.read_result()
-    assert result is not None
-    assert result.status == "interrupted"
+    assert job.run.read_result() is None
+    assert whole_outcome(tmp_path / "killed", *SHORT) == whole
 
 
 def test_damaged_checkpoint_is_passed_over_for_the_one_before(
@@ -99,7 +100,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(
 def test_other_number_of_ranks_resumes_and_says_what_differs(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "epochs=3", "log_every_steps=1", "launch.nproc=2")
     wait_until(lambda: len(_lines(job)) >= 60)
-    os.kill(job.agent.pid, signal.SIGTERM)
+    os.kill(job.supervisor.pid, signal.SIGTERM)
     job.wait()
     position = read_newest(job.run.checkpoints_dir)
     assert position is not None
@@ -150,12 +151,13 @@ def test_rank_that_hangs_ends_the_job_within_the_time_out_and_is_named(
         os.kill(hanging, signal.SIGSTOP)
     started = time.monotonic()
     assert job.wait(60) == 1
-    # Without its own end it would last 30 s longer, until torch kills what does not stop.
+    # Without its own end it would last 30 s longer, until the supervisor kills what does not stop.
     assert time.monotonic() - started < 30
     assert not is_alive(hanging)
     output = Path(f"{job.run.path}.out").read_text()
     result = job.run.read_result()
     assert result is not None
+    assert result.reason == "rank_hung"
     if kind == "stopped":
         assert "rank 1 is gone or stopped; it was last at step" in str(result.error)
     else:
@@ -183,3 +185,4 @@ def test_image_that_one_rank_cannot_read_is_named(tmp_path: Path) -> None:
     result = job.run.read_result()
     assert result is not None
     assert f"cannot read the image {broken}" in str(result.error)
+    assert result.reason == "data"

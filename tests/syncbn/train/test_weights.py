@@ -152,7 +152,7 @@ def test_run_starts_from_the_file_and_goes_on_and_is_served_without_it(tmp_path:
     job = Job(tmp_path / "second", *overrides)
     lines = job.run.path / "steps.jsonl"
     wait_until(lambda: lines.exists() and len(lines.read_text().splitlines()) >= 3)
-    os.kill(job.agent.pid, signal.SIGTERM)
+    os.kill(job.supervisor.pid, signal.SIGTERM)
     assert job.wait(20) == 128 + signal.SIGTERM
     started = read_checkpoint(checkpoint_files(job.run.checkpoints_dir)[0]).states["model"]
     source = safetensors.torch.load_file(file)

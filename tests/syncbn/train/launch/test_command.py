@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import syncbn
 from syncbn.bundle import read_bundle
 from syncbn.train.config import compose_config
 from syncbn.train.launch import command as module
@@ -50,6 +52,7 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
         "metrics.jsonl",
         "result.json",
         "run.log",
+        "status.json",
         "steps.jsonl",
         "tracker_id",
         "wandb",
@@ -79,7 +82,8 @@ def test_both_forms_leave_one_whole_run_directory(command: list[str], tmp_path: 
     [
         ("optim.lrr=1", "syncbn-train: unknown key 'optim.lrr'; did you mean 'lr'?"),
         ("optim.lr=fast", "syncbn-train: optim.lr: Value 'fast' of type 'str'"),
-        ("norm=batch", "Could not find 'norm/batch'"),
+        ("norm=synch", "norm=synch: did you mean sync? choose one of local, none, penalty"),
+        ("lr=0.1", "unknown key 'lr'; did you mean 'optim.lr'? valid: name, seed"),
         ("+more=1", "unknown key 'more'"),
     ],
 )
@@ -170,7 +174,13 @@ def test_help_names_the_groups_and_leaves_nothing_behind(tmp_path: Path) -> None
         "lr:",
     ):
         assert text in result.stdout
+    assert "schema" not in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_version_is_that_of_syncbn(tmp_path: Path) -> None:
+    result = run([*TRAIN, "--version"], tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"syncbn-train {syncbn.__version__}\n")
 
 
 def test_module_is_the_same_command_as_the_script(tmp_path: Path) -> None:
@@ -192,7 +202,9 @@ def _start(overrides: list[str], run_dir: Path) -> "subprocess.Popen[bytes]":
 
 
 def _ranks(launcher: "subprocess.Popen[bytes]") -> list[int]:
-    return [rank for agent in children(launcher.pid) for rank in children(agent)]
+    (server,) = children(launcher.pid)
+    (supervisor,) = children(server)
+    return children(supervisor)
 
 
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
@@ -218,7 +230,7 @@ def test_stopping_the_launcher_stops_the_ranks_and_the_run_can_be_resumed(tmp_pa
     assert (result.returncode, result.stdout.count("holds a finished run; choose")) == (2, 1)
 
 
-# The tests of resuming do the same to the agent, without starting a launcher.
+# The tests of resuming do the same to the supervisor, without starting a launcher.
 @NEEDS_PROC
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
@@ -255,20 +267,61 @@ def test_torchrun_starts_a_killed_rank_again_in_the_same_directory(tmp_path: Pat
     assert finished.log_file.read_text().count("2 ranks on cpu") == 2
 
 
+def _without_supervisor(
+    monkeypatch: pytest.MonkeyPatch, wait: Callable[[Any, list[int], float], int]
+) -> None:
+    """Have launchers wait for nobody, in a way of the test."""
+    job = SimpleNamespace(close=lambda: None)
+    server = SimpleNamespace(launch=lambda run_dir, lock: job)
+    monkeypatch.setattr(module, "_server", server)
+    monkeypatch.setattr(module, "_wait", wait)
+
+
 def test_run_that_finished_stays_so_if_a_signal_ends_its_last_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wait(agent: Any, told: list[int], stop_timeout_s: float) -> int:
+    run = RunDirectory(tmp_path / "run")
+    finished = Result("finished", None, {"val_accuracy": 0.5}, 1, 0)
+
+    def wait(job: Any, told: list[int], stop_timeout_s: float) -> int:
+        run.write_result(finished)
         told.append(signal.SIGTERM)
         return 128 + signal.SIGTERM
 
-    agent = SimpleNamespace(process=None, give=lambda opened: None, kill=lambda: None)
-    monkeypatch.setattr(module, "_Agent", lambda threads: agent)
-    monkeypatch.setattr(module, "_wait", wait)
-    finished = Result("finished", None, {"val_accuracy": 0.5}, 1, 0)
-    with open_run(compose_config([f"run_dir={tmp_path / 'run'}"])) as opened:
-        opened.directory.write_result(finished)
-        with pytest.raises(SystemExit) as ended:
-            module.launch(opened)
+    _without_supervisor(monkeypatch, wait)
+    opened = open_run(compose_config([f"run_dir={run.path}"]))
+    with opened, pytest.raises(SystemExit) as ended:
+        module.launch(opened)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert opened.directory.read_result() == finished
+    result = run.read_result()
+    assert result is not None
+    assert (result.status, result.metrics) == ("finished", finished.metrics)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (-9, ("failed", "killed", "what started the ranks was killed by SIGKILL", 1)),
+        (3, ("failed", "rank_failed", "the supervisor ended with exit code 3 and left no word", 3)),
+    ],
+)
+def test_launcher_says_how_a_job_ended_that_left_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: tuple[str, str, str, int]
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+
+    def wait(job: Any, told: list[int], stop_timeout_s: float) -> int:
+        run.begin_attempt(1)
+        run.append_metrics({"epoch": 1, "step": 5, "best": 1.0})
+        return code
+
+    _without_supervisor(monkeypatch, wait)
+    for attempt in (1, 2):
+        with open_run(compose_config([f"run_dir={run.path}"])) as opened:
+            result = module.launch(opened)
+        assert (result.status, result.reason, result.error, result.exit_code) == said
+        assert (result.attempt, result.metrics["epoch"]) == (attempt, 1)
+        assert result.started is not None
+        assert result.ended is not None
+        assert result.duration_s == result.ended - result.started
+    assert [each.attempt for each in run.read_attempts()] == [1, 2]

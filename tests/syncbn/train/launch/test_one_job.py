@@ -59,14 +59,23 @@ def test_directory_is_free_at_once_when_all_are_killed(job: Job) -> None:
     assert not any(is_alive(rank) for rank in ranks)
 
 
-def test_directory_is_not_free_while_a_rank_of_a_killed_agent_writes_its_state(job: Job) -> None:
+def test_directory_is_free_at_once_when_the_supervisor_is_killed(job: Job) -> None:
+    ranks = job.ranks()
+    os.kill(ranks[1], signal.SIGSTOP)  # not even one that cannot act outlives it
+    os.kill(job.supervisor.pid, signal.SIGKILL)
+    _try(job)
+    wait_until(lambda: not any(is_alive(rank) for rank in ranks))
+
+
+def test_directory_is_not_free_while_the_ranks_of_a_lost_launcher_write_their_state(
+    job: Job,
+) -> None:
     ranks = job.ranks()
     os.kill(ranks[1], signal.SIGSTOP)  # the others wait for it
-    os.kill(job.agent.pid, signal.SIGKILL)
+    job.lose_launcher()
     with pytest.raises(ConfigError, match="another job is training in"):
         _try(job)
     assert _status(job) == "running"
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
-    wait_until(lambda: not any(is_alive(rank) for rank in ranks))
+    os.kill(ranks[1], signal.SIGCONT)
+    assert job.wait() == 128 + signal.SIGTERM
     _try(job)

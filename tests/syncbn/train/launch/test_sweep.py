@@ -2,10 +2,13 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.config_loader import ConfigLoader
 from torch import nn
 
+from syncbn.train.launch.composed import composing_once
 from syncbn.train.launch.sweep import job_name
 from syncbn.train.run.directory import RunDirectory
 from tests.support.processes import REPOSITORY, TRAIN, run
@@ -72,6 +75,26 @@ def test_job_that_cannot_be_configured_fails_alone(tmp_path: Path) -> None:
     assert directory.name.split("-")[-2] == "sweep"
 
 
+def test_jobs_that_cannot_be_composed_fail_alone(tmp_path: Path) -> None:
+    sweep = [*TRAIN, "-m", *TINY, "model.width=2", "sweep_dir=sweep", "optim.momentum=0.8"]
+    sweep += ["hydra.sweeper.max_batch_size=1"]
+    result = run([*sweep, "norm=synch,local", "optim=adamw,sgd"], tmp_path)
+    assert result.returncode == 1
+    assert "1 of 4 jobs finished" in result.stdout
+    assert result.stdout.count(": starting") == 1
+    for job, why in {
+        "norm=synch,optim=adamw": "norm=synch: did you mean sync? choose one of",
+        "norm=synch,optim=sgd": "norm=synch: did you mean sync? choose one of",
+        # One choice has a key that the other has not.
+        "norm=local,optim=adamw": "unknown key 'optim.momentum'; ",
+    }.items():
+        assert result.stdout.count(f"  {job}: failed: {why}") == 1
+        refused = RunDirectory(tmp_path / "sweep" / job).read_result()
+        assert refused is not None
+        assert (refused.reason, refused.exit_code, refused.attempt) == ("config", 1, 1)
+    assert RunDirectory(tmp_path / "sweep" / "norm=local,optim=sgd").bundle_dir.exists()
+
+
 @pytest.mark.long
 def test_sweep_that_has_finished_is_extended(tmp_path: Path) -> None:
     sweep = [*TRAIN, "-m", "sweep_dir=sweep", "seed=1,2"]
@@ -90,16 +113,39 @@ def test_sweep_that_has_finished_is_extended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "message", "place"),
     [
-        ("optim.lrr=1,2", "unknown key 'optim.lrr'; did you mean 'lr'?"),
-        ("norm=sync,batch", "Could not find 'norm/batch'"),
+        ("optim.lrr=1,2", "unknown key 'optim.lrr'; did you mean 'lr'?", []),
+        ("norm=synch,batch", "norm=synch: did you mean sync? choose one of local, none", []),
+        ("norm=synch,batch", "norm=synch: did you mean sync?", ["sweep_dir=sweep"]),
     ],
 )
-def test_wrong_sweep_is_refused_before_any_job(tmp_path: Path, override: str, message: str) -> None:
-    result = run([*TRAIN, "-m", *TINY, override], tmp_path)
+def test_wrong_sweep_is_refused_before_any_job(
+    tmp_path: Path, override: str, message: str, place: list[str]
+) -> None:
+    result = run([*TRAIN, "-m", *TINY, override, *place], tmp_path)
     assert (result.returncode, result.stdout.count(message)) == (2, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_composes_a_job_once_to_check_it_and_to_launch_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def compose(loader: object, master_config: object, sweep_overrides: list[str]) -> object:
+        asked.append(tuple(sweep_overrides))
+        return object()
+
+    (loader,) = ConfigLoader.__subclasses__()  # which a sweep has loaded before it begins
+    monkeypatch.setattr(loader, "load_sweep_config", compose)
+    with composing_once():
+        load: Any = loader.load_sweep_config
+        checked = [load(None, {}, ["seed=1"]), load(None, {}, ["seed=2"])]
+        assert [load(None, {}, ["seed=1"]), load(None, {}, ["seed=2"])] == checked
+        assert asked == [("seed=1",), ("seed=2",)]
+        assert load(None, {}, ["seed=1"]) not in checked  # launchers write into what they get
+    assert loader.load_sweep_config is compose
 
 
 def test_names_of_jobs_tell_them_apart_and_fit_into_a_directory() -> None:

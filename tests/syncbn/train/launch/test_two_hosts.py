@@ -20,7 +20,7 @@ from tests.support.processes import TRAIN
 JOB = (*SMALL, "epochs=3", "log_every_steps=1", "checkpoint.every_steps=10")
 TIMEOUT_S = 6
 # What ranks take, after their own time-out, to find out who is missing, and torchrun to end.
-ENDING_S = 15
+ENDING_S = 45
 
 Hosts = tuple[Host, Host]
 

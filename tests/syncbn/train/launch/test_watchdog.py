@@ -13,7 +13,7 @@ from torch.distributed import (
 )
 
 from syncbn.errors import ConfigError, TrainingError
-from syncbn.train.launch.watchdog import Watch
+from syncbn.train.launch.watchdog import HUNG_CODE, Watch
 from tests.support.world import CONTEXT
 
 
@@ -79,6 +79,11 @@ def _hang(kind: str) -> None:
                 time.sleep(60)
 
 
+def _hang_unheard() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)  # as a console on a disk that is full
+    _hang("moving")
+
+
 def _end_of(target: Any, *args: str) -> tuple[int | None, float]:
     began = time.monotonic()
     rank = CONTEXT.Process(target=target, args=args)
@@ -89,7 +94,7 @@ def _end_of(target: Any, *args: str) -> tuple[int | None, float]:
     return rank.exitcode, time.monotonic() - began
 
 
-@pytest.mark.parametrize(("kind", "code"), [("moving", 7), ("working", 7), ("neither", 1)])
+@pytest.mark.parametrize(("kind", "code"), [("moving", 7), ("working", 7), ("neither", HUNG_CODE)])
 def test_long_work_that_says_so_is_not_taken_for_a_hang(kind: str, code: int) -> None:
     assert _end_of(_work_long, kind)[0] == code
 
@@ -97,8 +102,12 @@ def test_long_work_that_says_so_is_not_taken_for_a_hang(kind: str, code: int) ->
 @pytest.mark.parametrize("kind", ["moving", "working"])
 def test_long_work_that_hangs_is_ended(kind: str) -> None:
     code, duration_s = _end_of(_hang, kind)
-    assert code == 1
+    assert code == HUNG_CODE
     assert duration_s < 40
+
+
+def test_rank_that_hangs_is_ended_though_nothing_can_be_printed() -> None:
+    assert _end_of(_hang_unheard)[0] == HUNG_CODE
 
 
 @pytest.mark.parametrize("fails", [False, True])

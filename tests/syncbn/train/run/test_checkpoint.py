@@ -182,6 +182,8 @@ def test_failed_write_is_told_and_leaves_what_was_there(
     monkeypatch.setattr(module.os, "fsync", fail)
     writer = CheckpointWriter(tmp_path, 2)
     writer.write(_checkpoint(2), is_best=True)
-    with pytest.raises(TrainingError, match=r"cannot write a checkpoint to .*No space left on dev"):
+    said = r"cannot write a checkpoint to .*No space left on dev"
+    with pytest.raises(TrainingError, match=said) as raised:
         writer.write(_checkpoint(3), is_best=False)
+    assert raised.value.reason == "disk_full"
     assert [file.name for file in tmp_path.iterdir()] == ["step-000000001.ckpt"]

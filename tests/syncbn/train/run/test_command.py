@@ -6,7 +6,8 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.image import imread
 
 from syncbn.train.run.command import main
 from syncbn.train.run.comparison import differing_keys, find_runs, group_runs, metric_of
+from syncbn.train.run.status import Status, write_status
 
 
 def _make(
@@ -177,8 +179,7 @@ def test_run_without_result_is_running_while_its_lock_is_held(tmp_path: Path) ->
     for name in ("no lock", "killed", "locked"):
         _make(tmp_path / name, status=None)
     (tmp_path / "killed" / ".lock").touch()
-    with (tmp_path / "locked" / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    with _locked(tmp_path / "locked"):
         found = {run.name: run.status for run in find_runs([tmp_path])}
     assert found == {"no lock": "unknown", "killed": "unknown", "locked": "running"}
     with (tmp_path / "killed" / ".lock").open("w") as stream:
@@ -254,6 +255,43 @@ def test_metric_is_that_of_the_best_or_the_last_epoch(tmp_path: Path) -> None:
     assert math.isnan(metric_of(empty, "test_accuracy", "last"))
 
 
+@contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    with (directory / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "shown"),
+    [
+        (None, "starting", "starting"),
+        (Status(1, 1.0, 2.0), "starting", "starting"),
+        (
+            Status(1, 1.0, 2.0, "training", 57, 120, time_left_s=67.2),
+            "running",
+            "running: step 57 of 120, 1 min 07 s left",
+        ),
+        (Status(1, 1.0, 2.0, "exporting", 120, 120), "running", "running: step 120 of 120, expor"),
+    ],
+)
+def test_run_that_has_begun_says_how_far_it_is(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    said: Status | None,
+    status: str,
+    shown: str,
+) -> None:
+    run = _make(tmp_path / "run", [], status=None)
+    if said is not None:
+        write_status(run, said)
+    with _locked(run):
+        assert shown in _answer(capsys, run)
+        assert [row["status"] for row in _csv(capsys, run)] == [status]
+        assert _answer(capsys, run, "--status", status).count(shown) == 1
+    assert "unknown" in _answer(capsys, run)
+
+
 def test_list_as_csv_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     third = 1 / 3
     _make(tmp_path / "a,b", [0.1, third, 0.2], config={"optim.lr": 1e-5, "optim.nesterov": True})
@@ -267,6 +305,7 @@ def test_list_as_csv_is_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "best_test_accuracy": repr(third),
         "last_train_loss": repr(third),
         "duration_s": "61.25",
+        "reason": "",
         "error": "",
         "optim.lr": "1e-05",
         "optim.clip_norm": "",

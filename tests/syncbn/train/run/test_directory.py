@@ -12,6 +12,7 @@ import pytest
 from syncbn.errors import ConfigError
 from syncbn.train.changes import compose_job
 from syncbn.train.config import compose_config
+from syncbn.train.launch.protocol import Request, send_request
 from syncbn.train.run import lock
 from syncbn.train.run.directory import Result, RunDirectory, open_run, open_run_directory
 from syncbn.train.schema import TrainConfig
@@ -89,8 +90,7 @@ def test_finished_run_goes_on_if_there_is_something_to_add(
     monkeypatch.chdir(tmp_path)
     run = open_run_directory(_config(tmp_path, ["run_dir=run"]))
     run.append_metrics({"epoch": 12, "step": 500})
-    finished = Result("finished", None, {"test_accuracy": 0.5}, 1.0, 0)
-    run.write_result(finished)
+    finished = run.write_result(Result("finished", None, {"test_accuracy": 0.5}, 1.0, 0))
     typed = [*typed, "run_dir=run"]
     if adds:
         open_run(compose_job(typed), typed).lock.close()
@@ -197,22 +197,24 @@ def test_lock_is_held_until_the_last_process_that_has_a_part_in_it_has_ended(
     run = RunDirectory(tmp_path)
     held, (ours, its) = run.lock(), socket.socketpair()
     script = (
-        "import sys\n"
-        "from syncbn.train.run.lock import receive_job\n"
-        "assert receive_job()[0] == sys.argv[1]\n"
+        "import socket, sys\n"
+        "from syncbn.train.launch.protocol import receive_request\n"
+        "connection = socket.socket(fileno=0)\n"
+        "request, _ = receive_request(connection)\n"
+        "assert request.run_dir == sys.argv[1]\n"
         "print('has it', flush=True)\n"
         "sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdin=its.fileno(), stdout=subprocess.PIPE) as agent, ours, its:
-        lock.send_job(ours, tmp_path, held)
-        assert agent.stdout is not None
-        assert agent.stdout.readline() == b"has it\n"
+    with subprocess.Popen(command, stdin=its.fileno(), stdout=subprocess.PIPE) as other, ours, its:
+        send_request(ours, Request(str(tmp_path), "/"), [held.fileno()])
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"has it\n"
         held.close()
         with pytest.raises(ConfigError, match="another job is training in"):
             run.lock()
-        agent.kill()
-        agent.wait()
+        other.kill()
+        other.wait()
         run.lock().close()
 
 
@@ -286,9 +288,11 @@ def test_restarted_job_finds_the_directory_of_its_first_attempt(tmp_path: Path) 
 def test_result_is_read_back_and_damage_is_none(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert run.read_result() is None
-    result = Result("interrupted", "stopped by SIGTERM", {"test_loss": 1.0}, 2.5, 143)
-    run.write_result(result)
+    said = Result("interrupted", "stopped by SIGTERM", {"test_loss": 1.0}, 2.5, 143)
+    result = run.write_result(said)
     assert run.read_result() == result
+    assert (result.status, result.error, result.reason) == ("interrupted", said.error, "stopped")
+    assert (result.metrics, result.duration_s) == (said.metrics, said.duration_s)
     run.result_file.write_text('{"status": "fin')
     assert run.read_result() is None
 

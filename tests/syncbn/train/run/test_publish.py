@@ -95,6 +95,18 @@ def test_directory_that_cannot_be_published_to_is_refused_before_training(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_version_that_would_not_be_served_beside_a_bundle_is_refused(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    _bundle(models / "m", "{}")
+    with pytest.raises(TrainingError, match=r"m in it is one bundle without"):
+        publish(_bundle(tmp_path / "bundle", "{}"), models, "m")
+    config = compose_config([f"publish={models}", "name=m", f"run_dir={tmp_path}/run"])
+    with pytest.raises(ConfigError, match=r"publish=.*: m in it is one bundle without versions"):
+        open_run_directory(config)
+    assert not (models / "m" / "1").exists()
+
+
 def test_where_a_run_is_published_is_no_part_of_the_job(tmp_path: Path) -> None:
     run_dir = f"run_dir={tmp_path}/run"
     open_run_directory(compose_config([run_dir]))
@@ -110,7 +122,7 @@ def test_run_that_cannot_publish_is_complete_and_repeated_publishes_once(tmp_pat
     assert job.wait() == 1
     run, result = job.run, job.run.read_result()
     assert result is not None
-    assert result.status == "failed"
+    assert (result.status, result.reason) == ("failed", "publish")
     assert "could not be published" in str(result.error)
     assert f"it is safe in {run.bundle_dir}" in str(result.error)
     assert (run.path / "curves.png").is_file()

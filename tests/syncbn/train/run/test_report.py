@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-from syncbn.train.run.plots import plot_curves
+from syncbn.train.run.plots import plot_curves, title
 from syncbn.train.run.report import best_epoch, duration, read_records, read_result, summarize
 
 Record = dict[str, Any]
@@ -197,3 +197,22 @@ def test_summary_of_a_failed_run_says_why(tmp_path: Path) -> None:
         "error   the loss is nan",
         "time    0.0 s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("directory", "config", "called"),
+    [
+        ("2026-11-30T10-00-00-digits-cnn-sync-a1b2c3", "name: digits-cnn", None),
+        ("norm=local,seed=1", "name: digits-cnn", "digits-cnn, norm=local,seed=1"),
+        ("defaults", "name: digits-cnn", "digits-cnn"),
+        ("run", "name: digits-cnn", "digits-cnn"),
+        ("defaults", "name: [", "defaults"),
+        ("first", "", "first"),
+    ],
+)
+def test_picture_is_called_by_the_job_and_what_tells_it_from_others(
+    tmp_path: Path, directory: str, config: str, called: str | None
+) -> None:
+    (run := tmp_path / directory).mkdir()
+    (run / "config.yaml").write_text(config)
+    assert title(run) == (called or directory)
