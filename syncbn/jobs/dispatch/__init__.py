@@ -1,0 +1,1 @@
+"""What starts jobs, follows them and removes what is old."""

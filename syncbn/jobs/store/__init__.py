@@ -1,0 +1,1 @@
+"""What is kept of jobs, in a file of SQLite."""
