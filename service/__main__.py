@@ -1,7 +1,7 @@
 """`python -m service` and `syncbn-serve`: the service from the command line."""
 
 import asyncio
-import ipaddress
+import contextlib
 import math
 import multiprocessing
 import os
@@ -12,19 +12,23 @@ import tempfile
 import threading
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import ValidationError
 from pydantic_settings import CliApp
 
+from service.access import is_loopback
 from service.auth import KeysFileError
 from service.settings import Settings
-from syncbn.errors import BundleError
+from syncbn.errors import SyncBNError
 
 if TYPE_CHECKING:
     # Torch and the web take seconds to import, which whoever mistyped an option need not wait for.
     import uvicorn
     from fastapi import FastAPI
+
+    from service.jobs.dispatcher import DispatcherChild
 
 # How the command tells its workers of itself.
 _SETTINGS, _STATE_DIR = "SYNCBN_WORKER_SETTINGS", "SYNCBN_WORKER_STATE_DIR"
@@ -45,6 +49,8 @@ def main() -> None:
     except ValidationError as error:
         reasons = (f"--{item['loc'][0]}: {item['msg']}" for item in error.errors())
         _fail(f"{'; '.join(reasons).replace('_', '-')}; see --help", 2)
+    if settings.jobs is not None:
+        _prepare_models(settings)
     if not settings.models.is_dir():
         _fail(
             f"{settings.models} is not a directory; name a bundle or a directory of them with "
@@ -60,8 +66,22 @@ def main() -> None:
             _serve_alone(settings, listener, url)
         else:
             _serve_together(settings, listener, url)
-    except (BundleError, KeysFileError) as error:
+    except (SyncBNError, KeysFileError) as error:
         _fail(str(error), 1)
+
+
+def _prepare_models(settings: Settings) -> None:
+    """Make a directory for the models that jobs publish, before there is any."""
+    if (settings.models / "bundle.json").exists():
+        _fail(
+            f"{settings.models} is a bundle, and jobs publish theirs beside others: name a "
+            "directory of bundles with --models",
+            1,
+        )
+    try:
+        settings.models.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"cannot make {settings.models}: {error.strerror}", 1)
 
 
 def _listen(settings: Settings) -> tuple[socket.socket, str]:
@@ -70,14 +90,10 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         family, *_, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM
         )[0]
-        if not (
-            settings.api_keys
-            or settings.no_auth
-            or ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-        ):
+        if not (settings.api_keys or settings.no_auth or is_loopback(str(address[0]))):
             _fail(
                 f"{settings.host} can be reached from other machines, so keys are needed: make one "
-                "with syncbn-keys FILE --role read, and name the file with --api-keys; or let "
+                "with syncbn-keys FILE --scope infer, and name the file with --api-keys; or let "
                 "everybody in with --no-auth",
                 2,
             )
@@ -98,15 +114,42 @@ def _serve_alone(settings: Settings, listener: socket.socket, url: str) -> None:
     logs.configure(settings.log_format)
     prepare_process()
 
+    dispatcher = _dispatcher(settings)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if dispatcher is not None:
+                dispatcher.tell()
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            # What told it to stop ends the process next.
+            await asyncio.to_thread(children.close)
+
     async def serve() -> None:
         app = create_app(settings)
         # Before the server starts, as it would show a refused bundle by a traceback.
         await app.state.registry.open()
+        if dispatcher is not None:
+            children.enter_context(dispatcher)
         _announce(settings, url)
-        await uvicorn.Server(_config(app, settings)).serve([listener])
+        await Server(_config(app, settings)).serve([listener])
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with (
+        contextlib.ExitStack() as children,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         runner.run(serve())
+
+
+def _dispatcher(settings: Settings) -> "DispatcherChild | None":
+    """Return what starts the jobs, if there are any and it is not somebody else's affair."""
+    if settings.jobs is None or not settings.dispatcher:
+        return None
+    from service.jobs.dispatcher import DispatcherChild, command_of
+
+    return DispatcherChild(command_of(settings))
 
 
 def _serve_together(settings: Settings, listener: socket.socket, url: str) -> None:
@@ -124,7 +167,15 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
             super().keep_subprocess_alive()
 
     logs.configure(settings.log_format)
-    with tempfile.TemporaryDirectory(prefix="syncbn-serve-") as directory:
+    if settings.jobs is not None:
+        from service.jobs.control_plane import ControlPlane
+
+        # A worker that ended for a wrong setting would be replaced for ever.
+        ControlPlane(settings.jobs, timeout_s=settings.timeout_s).close()
+    with (
+        tempfile.TemporaryDirectory(prefix="syncbn-serve-") as directory,
+        contextlib.ExitStack() as children,
+    ):
         state_dir, metrics_dir = Path(directory) / "state", Path(directory) / "metrics"
         state_dir.mkdir()
         metrics_dir.mkdir()
@@ -135,6 +186,8 @@ def _serve_together(settings: Settings, listener: socket.socket, url: str) -> No
         config.workers = settings.workers
         config.factory = True
         config.timeout_worker_healthcheck = _HEALTH_TIMEOUT_S
+        if (dispatcher := _dispatcher(settings)) is not None:
+            children.enter_context(dispatcher)
         _announce(settings, url)
         Workers(config, [listener]).run()
 
@@ -179,6 +232,8 @@ def _config(app: "FastAPI | str", settings: Settings) -> "uvicorn.Config":
 
 def _announce(settings: Settings, url: str) -> None:
     print(f"serving {settings.models} at {url}, its API at {url}/docs", flush=True)
+    if settings.jobs is not None:
+        print(f"training jobs in {settings.jobs}, at {url}/jobs", flush=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -17,17 +17,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from service import logs
+from service.access import Doorkeeper
 from service.auth import Keys
-from service.control import Control
 from service.errors import ServiceError
-from service.inference import DataPlane
+from service.jobs.control_plane import ControlPlane
+from service.jobs.schemas import Submission
+from service.jobs.streams import Streams
 from service.metrics import Metrics
 from service.middleware import Gate
-from service.model import Compute, ServedModel, load_model
-from service.registry import Registry
-from service.routes import health, inference, pages, predict, repository
-from service.routes.answers import error_answer
+from service.models.data_plane import DataPlane
+from service.models.desired_state import DesiredState
+from service.models.model import Compute, ServedModel, load_model
+from service.models.registry import Registry
+from service.routes import events, health, inference, jobs, no_jobs, pages, predict, repository
+from service.routes.responses import error_answer
 from service.settings import Settings
+from service.stopping import told_to_stop
 
 _NOT_TRACED = ("/v2/health/", "/metrics", "/static/")
 _M_ARENA_MAX = -8  # of <malloc.h>
@@ -46,6 +51,7 @@ def create_app(
     Raises:
         pydantic.ValidationError: a setting in the environment is missing or wrong.
         KeysFileError: the file of keys cannot be read.
+        JobSettingsError: the administrator's settings of jobs are not valid.
     """
     chosen = settings or Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
     keys = None if chosen.api_keys is None or chosen.no_auth else Keys(chosen.api_keys)
@@ -60,9 +66,12 @@ def create_app(
         ),
         versions=chosen.versions,
         poll_s=chosen.poll_s,
-        control=Control(state_dir),
+        desired_state=DesiredState(state_dir),
         observer=metrics,
     )
+
+    plane = None if chosen.jobs is None else ControlPlane(chosen.jobs, timeout_s=chosen.timeout_s)
+    streams = Streams(chosen.max_streams)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -73,8 +82,12 @@ def create_app(
         gc.collect()
         gc.freeze()  # or every full collection would walk all that torch has loaded
         try:
-            yield
+            with told_to_stop(streams.close):
+                yield
         finally:
+            streams.close()
+            if plane is not None:
+                plane.close()
             await registry.close()
 
     app = FastAPI(
@@ -94,6 +107,8 @@ def create_app(
     app.state.settings = chosen
     app.state.metrics = metrics
     app.state.registry = registry
+    app.state.control_plane = plane
+    app.state.streams = streams
     app.state.data_plane = DataPlane(
         registry,
         metrics,
@@ -104,11 +119,13 @@ def create_app(
     )
     for plain in (inference.plain_router, predict.router, repository.router):
         app.router.routes.extend(plain.routes)
-    for router in (inference.router, health.router, pages.router):
+    of_jobs = (no_jobs.router,) if plane is None else (jobs.router, events.router)
+    for router in (inference.router, health.router, pages.router, *of_jobs):
         app.include_router(router)
     app.add_middleware(
         Gate,
         keys=keys,
+        doorkeeper=Doorkeeper(chosen.host, chosen.allowed_hosts, chosen.cors_origins),
         metrics=metrics,
         max_body_bytes=chosen.max_body_bytes,
         write_line=logs.request_line,
@@ -119,9 +136,12 @@ def create_app(
             allow_origins=chosen.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[inference.JSON_BYTES, "Retry-After", "X-Request-Id"],
+            expose_headers=[
+                *(inference.JSON_BYTES, jobs.LOG_OFFSET, jobs.LOG_SIZE),
+                *("Retry-After", "X-Request-Id"),
+            ],
         )
-    _describe(app, with_keys=keys is not None)
+    _describe(app, with_keys=keys is not None, with_jobs=plane is not None)
 
     # The middleware answers those of our own; here are FastAPI's.
     @app.exception_handler(HTTPException)
@@ -132,7 +152,12 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def refuse_parameters(request: Request, error: RequestValidationError) -> Response:
-        refusal = ServiceError(f"{request.method} {request.url.path}: {error}")
+        reasons = (
+            f"{'.'.join(str(part) for part in each['loc'][1:])}={str(each.get('input'))[:80]}: "
+            f"{each['msg']}"
+            for each in error.errors()
+        )
+        refusal = ServiceError(f"{request.method} {request.url.path}: {'; '.join(reasons)}")
         refusal.status = 400
         return error_answer(refusal)
 
@@ -175,7 +200,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _describe(app: FastAPI, *, with_keys: bool) -> None:
+def _describe(app: FastAPI, *, with_keys: bool, with_jobs: bool) -> None:
     """Add to the API's description what FastAPI does not see: the plain routes, and the keys."""
     describe = app.openapi
 
@@ -185,6 +210,8 @@ def _describe(app: FastAPI, *, with_keys: bool) -> None:
             components = document.setdefault("components", {})
             schemas = components.setdefault("schemas", {})
             schemas.update(inference.INFERENCE_SCHEMAS)
+            if with_jobs:
+                schemas["Submission"] = Submission.model_json_schema()
             # What FastAPI answers with 422, we answer with 400.
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

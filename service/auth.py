@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import StrEnum
 from pathlib import Path
 
 import msgspec
@@ -18,11 +18,44 @@ LIMIT_BYTES = 1 << 20
 _LOOK_AGAIN_S = 1.0
 
 
-class Role(IntEnum):
-    """What a key may do: read asks models and about them, admin loads and unloads them too."""
+class Scope(StrEnum):
+    """One of the things that a key may allow.
 
-    READ = 1
-    ADMIN = 2
+    infer: ask models, and about them. jobs:read: look at training jobs. jobs:write: submit jobs and
+    change one's own, and look at all. admin: everything, also load and unload models, and change
+    jobs of others.
+    """
+
+    INFER = "infer"
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    ADMIN = "admin"
+
+
+# What the roles of earlier files of keys allow.
+ROLES = {"read": (Scope.INFER, Scope.JOBS_READ), "admin": (Scope.ADMIN,)}
+_IMPLIED = {Scope.JOBS_WRITE: {Scope.JOBS_READ}, Scope.ADMIN: set(Scope)}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who asks, and for what a key was given out.
+
+    Attributes:
+        label: what the key's maker calls its holder, who owns the jobs submitted with it.
+        scopes: the key's.
+    """
+
+    label: str
+    scopes: frozenset[Scope]
+
+    def may(self, scope: Scope) -> bool:
+        """Return whether the scopes hold one, or another that implies it."""
+        return any(scope == each or scope in _IMPLIED.get(each, ()) for each in self.scopes)
+
+
+# Who asks where no keys are needed.
+ANYBODY = Identity("anonymous", frozenset({Scope.ADMIN}))
 
 
 class KeysFileError(Exception):
@@ -35,21 +68,38 @@ class KeyRecord:
 
     Attributes:
         sha256: of the key, in hexadecimal.
-        role: read or admin.
         label: what its maker calls it.
         created: the day, as YYYY-MM-DD.
+        scopes: what it allows.
+        role: in files of earlier versions instead: read or admin.
     """
 
     sha256: str
-    role: str
     label: str
     created: str
+    scopes: tuple[str, ...] = ()
+    role: str = ""
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise ValueError("sha256 must be 64 hexadecimal digits")
-        if self.role.upper() not in Role.__members__:
-            raise ValueError(f"role must be read or admin, not {self.role[:20]!r}")
+
+    def identity(self) -> Identity:
+        """Return whom it lets in.
+
+        Raises:
+            KeysFileError: a scope or the role is unknown, or there is none.
+        """
+        scopes = self.scopes or ROLES.get(self.role, (self.role,))
+        unknown = sorted(set(scopes) - set(Scope))
+        if unknown:
+            raise KeysFileError(
+                f"key {self.sha256[:8]} has the unknown scope or role {unknown[0][:20]!r}; "
+                f"there are {', '.join(Scope)}"
+            )
+        # Two keys without a label are not the same person.
+        label = self.label or f"key-{self.sha256[:8]}"
+        return Identity(label, frozenset(map(Scope, scopes)))
 
 
 def read_keys(file: Path) -> list[KeyRecord]:
@@ -105,8 +155,8 @@ class Keys:
         self._failure = ""  # why the file as it is now was not taken over
         self._look_again_s = time.monotonic() + _LOOK_AGAIN_S
 
-    def role(self, authorization: bytes | None, x_api_key: bytes | None) -> Role | None:
-        """Return what a request may do; None: its key is missing or unknown.
+    def identify(self, authorization: bytes | None, x_api_key: bytes | None) -> Identity | None:
+        """Return who sent a request; None: its key is missing or unknown.
 
         Args:
             authorization: the header of that name, with the scheme Bearer.
@@ -122,11 +172,11 @@ class Keys:
         if not key:
             return None
         digest = hashlib.sha256(key.strip()).digest()
-        found: Role | None = None
+        found: Identity | None = None
         # All of them, each in constant time, so that the time tells nothing of any.
-        for known, role in self._known:
+        for known, identity in self._known:
             if hmac.compare_digest(known, digest):
-                found = role
+                found = identity
         return found
 
     def _look_again(self) -> None:
@@ -155,8 +205,11 @@ class Keys:
         # The time of the inode's change too: it tells that the file may be read now.
         return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
-    def _digests(self) -> list[tuple[bytes, Role]]:
-        return [
-            (bytes.fromhex(record.sha256), Role[record.role.upper()])
-            for record in read_keys(self._file)
-        ]
+    def _digests(self) -> list[tuple[bytes, Identity]]:
+        known: list[tuple[bytes, Identity]] = []
+        for record in read_keys(self._file):
+            try:
+                known.append((bytes.fromhex(record.sha256), record.identity()))
+            except KeysFileError as error:  # of a later version, say; the others are good
+                log.error("%s: %s; it lets nobody in", self._file, error)
+        return known

@@ -33,10 +33,14 @@ class ForbiddenError(ServiceError):
     status = 403
 
 
-class ModelNotFoundError(ServiceError):
-    """No model of that name and version is loaded."""
+class NotFoundError(ServiceError):
+    """There is nothing of that name."""
 
     status = 404
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name and version is loaded."""
 
 
 class BodyTimeoutError(ServiceError):
@@ -45,10 +49,22 @@ class BodyTimeoutError(ServiceError):
     status = 408
 
 
+class ConflictError(ServiceError):
+    """The job's state does not allow what was asked for."""
+
+    status = 409
+
+
 class BodyTooLargeError(ServiceError):
     """The request body exceeds the configured size."""
 
     status = 413
+
+
+class MediaTypeError(ServiceError):
+    """The request body is not of the type that it must be."""
+
+    status = 415
 
 
 class EncodingError(ServiceError):
@@ -66,6 +82,17 @@ class QueueFullError(ServiceError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class LimitError(ServiceError):
+    """A limit of the service of training jobs would be exceeded."""
+
+    status = 429
+    retry_after_s = 10
+
+
+class TooManyStreamsError(LimitError):
+    """As many streams of events as the configuration allows are open already."""
 
 
 class ClientGoneError(ServiceError):
@@ -93,3 +120,10 @@ class OverloadedError(ServiceError):
     status = 503
     outcome = "expired"
     retry_after_s = 1
+
+
+class StoreError(ServiceError):
+    """The store of training jobs cannot be read or written at the moment."""
+
+    status = 503
+    retry_after_s = 5

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from filelock import FileLock, Timeout
 
-from service.auth import LIMIT_BYTES, KeyRecord, KeysFileError, read_keys
+from service.auth import LIMIT_BYTES, ROLES, KeyRecord, KeysFileError, Scope, read_keys
 
 _LOCK_TIMEOUT_S = 30
 _PREFIX = "syncbn_"  # so that people and scanners of leaked secrets know what it is
@@ -37,9 +37,17 @@ def main() -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="made where it is missing")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
+        "--scope",
+        action="append",
+        choices=[*Scope],
+        help="make a key that may do this; may be given several times. infer: ask models and about "
+        "them; jobs:read: look at training jobs; jobs:write: also submit them, and change one's "
+        "own; admin: everything",
+    )
+    what.add_argument(
         "--role",
-        choices=["read", "admin"],
-        help="make a key: read may ask models and about them, admin load and unload them too",
+        choices=[*ROLES],
+        help="make a key with several scopes at once: read has infer and jobs:read, admin all",
     )
     what.add_argument("--list", action="store_true", help="show what the file holds")
     what.add_argument(
@@ -47,15 +55,23 @@ def main() -> None:
         metavar="KEY",
         help="remove a key, by its label or at least the 8 digits that --list shows",
     )
-    parser.add_argument("--label", type=_label, default="", help="of a new key: what it is for")
+    parser.add_argument(
+        "--label",
+        type=_label,
+        default="",
+        help="of a new key: who gets it, or what it is for; jobs that are submitted with it belong "
+        "to this name",
+    )
     arguments = parser.parse_args()
-    if arguments.label and arguments.role is None:
-        parser.error("--label is for a new key, so it needs --role")
+    scopes = arguments.scope or ROLES.get(arguments.role, ())
+    if arguments.label and not scopes:
+        parser.error("--label is for a new key, so it needs --scope or --role")
     try:
         if arguments.list:
             for record in read_keys(arguments.file):
                 digits = record.sha256[:_SHOWN_DIGITS]
-                line = f"{digits}  {record.role:5}  {record.created}  {record.label}"
+                allowed = ",".join(record.scopes) or record.role
+                line = f"{digits}  {allowed:5}  {record.created}  {record.label}"
                 # Others may have written the file, and this is a terminal.
                 line = line if line.isprintable() else line.encode("unicode_escape").decode()
                 sys.stdout.write(f"{line}\n")
@@ -63,7 +79,7 @@ def main() -> None:
             revoke_key(arguments.file, arguments.revoke)
             sys.stderr.write(f"syncbn-keys: {arguments.revoke} is revoked\n")
         else:
-            key = make_key(arguments.file, arguments.role, arguments.label)
+            key = make_key(arguments.file, scopes, arguments.label)
             _print_key(arguments.file, key)
             sys.stderr.write("syncbn-keys: keep this key; it is not shown again\n")
     except KeysFileError as error:
@@ -91,29 +107,31 @@ def _print_key(file: Path, key: str) -> None:
         ) from error
 
 
-def make_key(file: Path, role: str, label: str = "") -> str:
+def make_key(file: Path, scopes: Iterable[str], label: str = "") -> str:
     """Add a new key to a file, which is made where it is missing, and return the key.
 
     Args:
         file: as `service.auth.read_keys` takes it.
-        role: read or admin.
+        scopes: of `service.auth.Scope`, one at least.
         label: any text of characters that can be encoded.
 
     Raises:
-        KeysFileError: the file is none of keys, or cannot be written; it is as it was then.
+        KeysFileError: a scope is unknown, or the file is none of keys, or cannot be written; it is
+            as it was then.
     """
     key = _PREFIX + secrets.token_urlsafe(32)
     record = KeyRecord(
         sha256=_sha256(key),
-        role=role,
         label=label,
         created=datetime.now(UTC).date().isoformat(),
+        scopes=tuple(dict.fromkeys(scopes)),
     )
+    record.identity()
 
     def add(content: bytes) -> bytes:
         if content and not content.endswith(b"\n"):
             content += b"\n"
-        return content + msgspec.json.encode(record) + b"\n"
+        return content + _encode(record) + b"\n"
 
     _change(file, add)
     return key
@@ -202,6 +220,11 @@ def _replace(file: Path, content: bytes, status: os.stat_result | None) -> None:
             os.fsync(directory)  # or the new name could be lost with the power
     finally:
         os.close(directory)
+
+
+def _encode(record: KeyRecord) -> bytes:
+    values = {key: value for key, value in msgspec.to_builtins(record).items() if key != "role"}
+    return msgspec.json.encode(values)
 
 
 def _sha256(key: str) -> str:

@@ -135,6 +135,16 @@ class Metrics:
             ("model", "outcome"),
             registry=registry,
         )
+        self._jobs = _of_jobs("syncbn_jobs", "Training jobs, by state", "state", registry)
+        self._job_cores = _of_jobs(
+            "syncbn_jobs_cores", "Cores that the dispatcher gives to jobs", "use", registry
+        )
+        self._job_parts = _of_jobs(
+            "syncbn_jobs_up",
+            "1 where the store can be read, and where a dispatcher runs",
+            "part",
+            registry,
+        )
         self._collected = registry
         directory = os.environ.get(_DIRECTORY)
         self.is_shared = directory is not None
@@ -187,6 +197,24 @@ class Metrics:
     def load_finished(self, name: str, ok: bool) -> None:
         """Count an attempt to load a model."""
         self._loads.labels(name, "ok" if ok else "failed").inc()
+
+    def jobs(
+        self, counts: Mapping[str, int], cores: Mapping[str, int], parts: Mapping[str, bool]
+    ) -> None:
+        """Note what the store of training jobs says.
+
+        Args:
+            counts: of jobs, by all states.
+            cores: how many the dispatcher has, by use: free and busy.
+            parts: whether the store can be read and a dispatcher runs.
+        """
+        for gauge, values in (
+            (self._jobs, counts),
+            (self._job_cores, cores),
+            (self._job_parts, parts),
+        ):
+            for label, value in values.items():
+                gauge.labels(label).set(value)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the form that a header Accept asks for, and its content type."""
@@ -287,6 +315,11 @@ class ModelMetrics:
                 self._metrics.input_drift.remove(*self._labels)
             else:
                 self._metrics.layer_drift.remove(*self._labels, layer)
+
+
+def _of_jobs(name: str, what: str, label: str, registry: CollectorRegistry) -> Gauge:
+    # Each worker says the same, of the one store.
+    return Gauge(name, what, (label,), registry=registry, multiprocess_mode="livemostrecent")
 
 
 def _forget_the_dead(directory: Path) -> None:

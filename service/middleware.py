@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.auth import Keys, Role
+from service.access import JOBS_BELOW, Doorkeeper, is_open, scope_for
+from service.auth import ANYBODY, Identity, Keys
 from service.errors import (
     BodyTooLargeError,
     ClientGoneError,
@@ -21,14 +22,10 @@ from service.errors import (
 )
 from service.logs import request_id_var
 from service.metrics import Metrics
-from service.routes.answers import error_answer
+from service.routes.responses import error_answer
 
 log = logging.getLogger(__name__)
 
-# What needs no key: whether the service is well, and the pages, which ask for one themselves.
-_OPEN = {"/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"}
-_OPEN_BELOW = "/static/"
-_ADMIN_BELOW = "/v2/repository/models/"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _SECURITY = [
     (
@@ -51,6 +48,7 @@ class Gate:
     Args:
         app: what answers.
         keys: who may ask; None: everybody.
+        doorkeeper: keeps out what pages of others made a browser send.
         metrics: count and time every request.
         max_body_bytes: of a request.
         write_line: writes a request's line to the log.
@@ -61,12 +59,14 @@ class Gate:
         app: ASGIApp,
         *,
         keys: Keys | None,
+        doorkeeper: Doorkeeper,
         metrics: Metrics,
         max_body_bytes: int,
         write_line: WriteLine,
     ) -> None:
         self._app = app
         self._keys = keys
+        self._doorkeeper = doorkeeper
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._write_line = write_line
@@ -132,22 +132,17 @@ class Gate:
             request_id_var.reset(token)
 
     def _let_in(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Check a request's key and size, before anything of its body is read.
+        """Check a request's key, origin and size, before anything of its body is read.
 
         Raises:
             ServiceError: it may not come in.
         """
-        path = scope["path"]
-        if self._keys is not None and path not in _OPEN and not path.startswith(_OPEN_BELOW):
-            role = self._keys.role(headers.get(b"authorization"), headers.get(b"x-api-key"))
-            if role is None:
-                raise KeyMissingError(
-                    "an API key is needed: send it as Authorization: Bearer KEY, or as X-API-Key"
-                    if b"authorization" not in headers and b"x-api-key" not in headers
-                    else "this API key is not known"
-                )
-            if path.startswith(_ADMIN_BELOW) and role < Role.ADMIN:
-                raise ForbiddenError("this needs an API key with the role admin")
+        path, method = scope["path"], scope["method"]
+        scope["identity"] = ANYBODY
+        if self._keys is not None and not is_open(path):
+            scope["identity"] = self._identify(self._keys, method, path, headers)
+        if path.startswith(JOBS_BELOW):
+            self._doorkeeper.check(method, headers)
         length = headers.get(b"content-length")
         if length is None:
             return
@@ -155,6 +150,23 @@ class Gate:
             raise InvalidRequestError(f"Content-Length must be a number, got {length[:20]!r}")
         if int(length[:20]) > self._max_body_bytes:
             raise self._too_large()
+
+    @staticmethod
+    def _identify(keys: Keys, method: str, path: str, headers: dict[bytes, bytes]) -> Identity:
+        identity = keys.identify(headers.get(b"authorization"), headers.get(b"x-api-key"))
+        if identity is None:
+            raise KeyMissingError(
+                "an API key is needed: send it as Authorization: Bearer KEY, or as X-API-Key"
+                if b"authorization" not in headers and b"x-api-key" not in headers
+                else "this API key is not known"
+            )
+        needed = scope_for(method, path)
+        if needed is not None and not identity.may(needed):
+            raise ForbiddenError(
+                f"this needs an API key with the scope {needed}; yours has "
+                f"{', '.join(sorted(identity.scopes))}"
+            )
+        return identity
 
     def _limited(self, receive: Receive) -> Receive:
         """Return `receive` for a body of unknown length, which ends where it becomes too large."""

@@ -1,6 +1,6 @@
 """The JSON bodies of the protocol's smaller requests and answers, and of our own.
 
-Inference itself is in `service/tensors.py`, as it is read and written a thousand times as often.
+Inference is in `service/models/tensors.py`, as it is read and written a thousand times as often.
 Unknown keys are ignored, as clients add their own.
 Source: https://github.com/kserve/open-inference-protocol, inference_rest.yaml, and Triton's
 protocol extensions of model configuration, statistics and model repository.

@@ -26,6 +26,27 @@ class Settings(BaseSettings):
     models: Path = Field(
         description="a bundle, or a directory of bundles, or of directories of their versions"
     )
+    jobs: Path | None = Field(
+        default=None,
+        description="directory of training jobs, made if it is not there; none: this service takes "
+        "no jobs",
+    )
+    dispatcher: bool = Field(
+        default=True,
+        description="start the jobs too; --no-dispatcher: syncbn-dispatch does it elsewhere",
+    )
+    dispatcher_cores: int | None = Field(
+        default=None, ge=1, description="how many cores jobs get; none: all of them"
+    )
+    dispatcher_gpus: int | None = Field(
+        default=None, ge=0, description="how many GPUs jobs get; none: all of them"
+    )
+    dispatcher_engine: Literal["local", "ray", "slurm"] = Field(
+        default="local", description="where jobs run"
+    )
+    max_streams: int = Field(
+        default=256, gt=0, description="most streams of events of jobs that one worker has open"
+    )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(
         default=8000, ge=0, le=65535, description="port to listen on; 0: any free one"
@@ -99,6 +120,11 @@ class Settings(BaseSettings):
     )
     cors_origins: list[str] = Field(
         default=[], description="origins whose pages may use the API from a browser"
+    )
+    allowed_hosts: list[str] = Field(
+        default=[],
+        description="names that the service is reached by, for requests about jobs; without, those "
+        "of this machine alone on a loopback address, and any on others",
     )
     drift: bool = Field(
         default=True, description="compare a sample of the inputs with the running statistics"

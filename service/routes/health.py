@@ -1,7 +1,11 @@
 """Whether the server lives, whether it is ready, what it is, and what it has measured."""
 
+from contextlib import suppress
+
 from fastapi import APIRouter, Request, Response
 
+from service.errors import ServiceError
+from service.jobs.control_plane import ControlPlane
 from service.schemas import ServerLive, ServerMetadata, ServerReady
 
 router = APIRouter(tags=["health"])
@@ -37,6 +41,10 @@ async def server_metadata(request: Request) -> ServerMetadata:
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Return all metrics, as Prometheus reads them."""
+    plane: ControlPlane | None = request.app.state.control_plane
+    if plane is not None:
+        with suppress(ServiceError):  # a disk that does not answer; all else is told
+            await plane.ask(plane.measure, request.app.state.metrics)
     request.app.state.data_plane.measure_drift()
     body, content_type = request.app.state.metrics.render(request.headers.get("accept", ""))
     return Response(body, headers={"Content-Type": content_type})

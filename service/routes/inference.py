@@ -7,9 +7,10 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from service.errors import InvalidRequestError
-from service.inference import DataPlane
-from service.routes.answers import BytesAnswer, PlainRoute, path_parameters, refusals
-from service.routes.body import compressed, has_left, header, read_body
+from service.models.data_plane import DataPlane
+from service.models.tensors import InferenceRequest, InferenceResponse
+from service.routes.requests import compressed, has_left, header, read_body
+from service.routes.responses import BytesAnswer, PlainRoute, path_parameters, refusals
 from service.schemas import (
     ModelConfig,
     ModelDrift,
@@ -19,7 +20,6 @@ from service.schemas import (
     StatisticsList,
 )
 from service.settings import Settings
-from service.tensors import InferenceRequest, InferenceResponse
 
 JSON_BYTES = "Inference-Header-Content-Length"
 _JSON_BYTES = JSON_BYTES.lower().encode()

@@ -1,4 +1,4 @@
-"""The pages for people: models and predictions at /, the API's description at /docs."""
+"""The pages for people: predictions at /, training at /jobs, the API's description at /docs."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -6,6 +6,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, HTTPException, Request, Response
+from starlette.responses import RedirectResponse
 
 router = APIRouter(include_in_schema=False)
 
@@ -39,18 +40,40 @@ def _load(file: Traversable) -> _Asset:
 
 _own = files("service") / "static"
 _swagger = files("fastapi_swagger") / "resources"  # swagger-ui-dist as released, unchanged
-_PAGE, _DOCS = (_load(_own / name) for name in ("page.html", "docs.html"))
+_uplot = _own / "vendor" / "uplot"  # as released, unchanged; its license stands beside it
+_PAGE, _JOBS, _DOCS = (_load(_own / name) for name in ("page.html", "jobs.html", "docs.html"))
+_MODULES = (
+    "answers",
+    "docs",
+    "elements",
+    "events",
+    "jobs",
+    "jobs-actions",
+    "jobs-charts",
+    "jobs-compare",
+    "jobs-curves",
+    "jobs-field",
+    "jobs-form",
+    "jobs-job",
+    "jobs-list",
+    "jobs-log",
+    "jobs-past",
+    "jobs-words",
+    "page",
+    "requests",
+)
 # All that there is: a name that was asked for is looked up here, and never in a directory.
 _STATIC = {
     file.name: _load(file)
     for file in (
-        _own / "page.css",
-        _own / "page.js",
-        _own / "answers.js",
-        _own / "elements.js",
-        _own / "docs.css",
-        _own / "docs.js",
+        *(
+            _own / f"{name}.css"
+            for name in ("base", "docs", "jobs", "jobs-form", "jobs-job", "page")
+        ),
+        *(_own / f"{name}.js" for name in _MODULES),
         _own / "icon.svg",
+        _uplot / "uPlot.iife.min.js",
+        _uplot / "uPlot.min.css",
         _swagger / "swagger-ui.css",
         _swagger / "swagger-ui-bundle.js",
     )
@@ -61,6 +84,20 @@ _STATIC = {
 async def page(request: Request) -> Response:
     """Return the page that lists the models and predicts images."""
     return _PAGE.answer(request)
+
+
+@router.get("/jobs")
+async def jobs(request: Request) -> Response:
+    """Return the page that submits, shows and compares jobs; what it shows stands behind the #."""
+    return _JOBS.answer(request)
+
+
+@router.get("/jobs/{id}")
+async def job(id: str) -> Response:
+    """Lead to a job on the page of jobs."""
+    if not (id.isascii() and id.isalnum()):
+        raise HTTPException(404)
+    return RedirectResponse(f"../jobs#{id}")
 
 
 @router.get("/docs")

@@ -9,10 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service.errors import BodyTimeoutError, InvalidRequestError
-from service.inference import DataPlane
-from service.routes.answers import JsonResponse, PlainRoute, path_parameters
-from service.routes.body import has_left, read_body
+from service.models.data_plane import DataPlane
 from service.routes.inference import REFUSALS
+from service.routes.requests import has_left, read_body
+from service.routes.responses import JsonResponse, PlainRoute, path_parameters
 from service.schemas import Predictions, Segmentations, TensorPredictions
 
 router = APIRouter(tags=["predict"], route_class=PlainRoute)

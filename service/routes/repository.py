@@ -6,9 +6,9 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from service.errors import InvalidRequestError
-from service.registry import IndexEntry, Registry
-from service.routes.answers import JsonResponse, PlainRoute, path_parameters, refusals
-from service.routes.body import read_body
+from service.models.registry import IndexEntry, Registry
+from service.routes.requests import read_body
+from service.routes.responses import JsonResponse, PlainRoute, path_parameters, refusals
 
 # The protocol's clients send any content type or none, which FastAPI would refuse.
 router = APIRouter(prefix="/v2/repository", tags=["repository"], route_class=PlainRoute)

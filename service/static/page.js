@@ -3,6 +3,7 @@
 
 import { classes, segments, segmentsInWords, values } from "./answers.js";
 import { evaluation, make, metric, percent, say, words } from "./elements.js";
+import { fetchJson, isKeyWanted, useKeys } from "./requests.js";
 
 const REFRESH_MS = 10_000;
 const AT_ONCE = 4; // requests: a browser has about six connections, and the lists need one
@@ -10,69 +11,10 @@ const SHOWN_LAYERS = 3;
 const KEPT_RESULTS = 50;
 const DRIFTED = 1; // the distance from which the page says so
 const SMALL_PX = 96; // the thumbnail's own size
-const KEY = "syncbn-api-key";
 
 const byId = (id) => document.getElementById(id);
 
 const duration = (ms) => (ms < 1000 ? `${Math.max(1, Math.round(ms))} ms` : `${(ms / 1000).toFixed(1)} s`);
-
-// Requests
-
-class RefusedError extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
-
-async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = key === null ? {} : { Authorization: `Bearer ${key}` };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
-  } catch {
-    throw new Error("the service is not reachable, or closed the connection");
-  }
-  if (response.ok) {
-    if (key !== null) byId("key-form").hidden = true;
-    return response;
-  }
-  const body = await response.json().catch(() => null);
-  const message = body?.error ?? `${response.status} ${response.statusText}`;
-  if (response.status === 401) askForKey(key, message);
-  throw new RefusedError(response.status, message);
-}
-
-const fetchJson = async (path, options) => (await request(path, options)).json();
-
-function askForKey(refusedKey, message) {
-  // Another may have been given while this one was under way.
-  if (refusedKey !== null && refusedKey === sessionStorage.getItem(KEY)) {
-    sessionStorage.removeItem(KEY);
-  }
-  say(byId("key-hint"), `The service says: ${message}. The key is kept until this tab is closed.`);
-  byId("key-form").hidden = false;
-}
-
-byId("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  sessionStorage.setItem(KEY, byId("key").value.trim());
-  byId("key").value = "";
-  refresh();
-});
-
-// A link sends no key.
-byId("metrics").addEventListener("click", async (event) => {
-  if (sessionStorage.getItem(KEY) === null && byId("key-form").hidden) return;
-  event.preventDefault();
-  try {
-    const text = await (await request(event.currentTarget.href)).text();
-    location.assign(URL.createObjectURL(new Blob([text], { type: "text/plain" })));
-  } catch (error) {
-    showProblem(error);
-  }
-});
 
 function showProblem(error) {
   byId("problem").hidden = error === null || error.status === 401; // the key's form says that
@@ -83,11 +25,33 @@ function showProblem(error) {
 // Models
 
 let chosen = null;
+let wanted = named(); // the model that the address names, until it is seen or another is chosen
 let listed = "";
 const parametersOf = new Map(); // by model
 
+/** What stands behind the # of the address: /#digits-cnn is a link to that model. */
+function named() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
+}
+
+window.addEventListener("hashchange", () => {
+  wanted = named();
+  listed = "";
+  refresh();
+});
+
 function showModels(models) {
-  if (!models.some((model) => model.name === chosen)) choose(models[0]?.name ?? null);
+  const has = (name) => models.some((model) => model.name === name);
+  if (has(wanted)) {
+    choose(wanted);
+    wanted = "";
+  } else if (!has(chosen)) {
+    choose(models[0]?.name ?? null);
+  }
   say(
     byId("models-state"),
     models.length > 0
@@ -116,7 +80,10 @@ function modelChoice(model, index) {
     "aria-describedby": `${ids.facts} ${ids.quality}`,
   });
   input.checked = model.name === chosen;
-  input.addEventListener("change", () => choose(model.name));
+  input.addEventListener("change", () => {
+    wanted = "";
+    choose(model.name);
+  });
   const facts = make("dl", { id: ids.facts });
   const add = (term, value) =>
     facts.append(make("div", {}, make("dt", {}, term), make("dd", {}, value)));
@@ -332,9 +299,10 @@ async function refresh() {
 
 function refreshIfWatched() {
   // Without the key that it asks for, each would be refused.
-  if (document.visibilityState === "visible" && byId("key-form").hidden) refresh();
+  if (document.visibilityState === "visible" && !isKeyWanted()) refresh();
 }
 
 document.addEventListener("visibilitychange", refreshIfWatched);
 setInterval(refreshIfWatched, REFRESH_MS);
+useKeys(refresh, showProblem);
 refresh();

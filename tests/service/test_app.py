@@ -15,10 +15,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from service import tensors
 from service.app import create_app
+from service.models import tensors
+from service.models.tensors import Array
 from service.settings import Settings
-from service.tensors import Array
 from syncbn.bundle import read_bundle
 from tests.service.conftest import write_small_bundle
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -6,13 +7,14 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from service import auth
 from service.app import create_app
-from service.auth import Keys, KeysFileError, Role, read_keys
+from service.auth import ROLES, Identity, Keys, KeysFileError, Scope, read_keys
 from service.keys import make_key, revoke_key
 from service.settings import Settings
 from tests.support.processes import run
@@ -33,7 +35,9 @@ def test_command_prints_a_new_key_alone_and_keeps_its_hash(file: Path, tmp_path:
     assert key not in file.read_text()
     assert key not in made.stderr
     assert file.stat().st_mode & 0o777 == 0o600
-    assert Keys(file).role(f"Bearer {key}".encode(), None) is Role.ADMIN
+    assert Keys(file).identify(f"Bearer {key}".encode(), None) == Identity(
+        "mine", frozenset({Scope.ADMIN})
+    )
     listed = run([*KEYS, str(file), "--list"], tmp_path).stdout
     assert re.fullmatch(r"[0-9a-f]{8}  admin  \d{4}-\d\d-\d\d  mine\n", listed)
     assert run([*KEYS, str(file), "--revoke", "mine"], tmp_path).returncode == 0
@@ -43,8 +47,10 @@ def test_command_prints_a_new_key_alone_and_keeps_its_hash(file: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["FILE"], 2, "one of the arguments --role --list --revoke is required"),
+        (["FILE"], 2, "one of the arguments --scope --role --list --revoke is required"),
         (["FILE", "--role", "root"], 2, "invalid choice: 'root'"),
+        (["FILE", "--scope", "jobs"], 2, "invalid choice: 'jobs'"),
+        (["FILE", "--label", "x", "--list"], 2, "so it needs --scope or --role"),
         (
             ["/dev/null/keys", "--role", "read"],
             1,
@@ -64,8 +70,8 @@ def test_wrong_use_is_explained(
 
 
 def test_label_that_several_keys_have_revokes_none(file: Path) -> None:
-    make_key(file, "read", "a")
-    make_key(file, "read", "a")
+    make_key(file, ROLES["read"], "a")
+    make_key(file, ROLES["read"], "a")
     with pytest.raises(KeysFileError, match=r"2 keys in .* are called 'a'"):
         revoke_key(file, "a")
     with pytest.raises(KeysFileError, match="0 keys in"):
@@ -75,7 +81,7 @@ def test_label_that_several_keys_have_revokes_none(file: Path) -> None:
 
 
 def test_prefix_of_few_digits_revokes_none(file: Path) -> None:
-    make_key(file, "read", "a")
+    make_key(file, ROLES["read"], "a")
     digits = read_keys(file)[0].sha256
     for few in (digits[:1], digits[:7]):
         with pytest.raises(KeysFileError, match="0 keys in"):
@@ -85,7 +91,7 @@ def test_prefix_of_few_digits_revokes_none(file: Path) -> None:
 
 
 def test_key_that_is_there_twice_is_revoked_and_comments_on_it_stay(file: Path) -> None:
-    make_key(file, "read", "a")
+    make_key(file, ROLES["read"], "a")
     line = file.read_text()
     file.write_text(f"# {line}{line}{line}")
     revoke_key(file, "a")
@@ -101,7 +107,7 @@ def test_label_that_is_no_short_line_is_refused(file: Path, tmp_path: Path, labe
 
 
 def test_list_cannot_be_forged(file: Path, tmp_path: Path) -> None:
-    make_key(file, "read", "a\n00000000  admin\x1b[31m")
+    make_key(file, ROLES["read"], "a\n00000000  admin\x1b[31m")
     listed = run([*KEYS, str(file), "--list"], tmp_path).stdout
     assert len(listed.splitlines()) == 1
     assert r"a\n00000000  admin\x1b[31m" in listed
@@ -124,10 +130,10 @@ def test_key_that_cannot_be_printed_is_revoked(file: Path) -> None:
 
 
 def test_link_stays_one(file: Path, tmp_path: Path) -> None:
-    make_key(file, "read")
+    make_key(file, ROLES["read"])
     link = tmp_path / "link"
     link.symlink_to(file)
-    make_key(link, "read")
+    make_key(link, ROLES["read"])
     assert link.is_symlink()
     assert len(read_keys(file)) == 2
 
@@ -136,14 +142,14 @@ def test_file_whose_owner_cannot_be_kept_stays(file: Path, monkeypatch: pytest.M
     def refuse(descriptor: int, uid: int, gid: int) -> None:
         raise PermissionError
 
-    make_key(file, "read")
+    make_key(file, ROLES["read"])
     before = file.read_bytes()
     status = file.stat()
     other = os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
     monkeypatch.setattr(os, "fchown", refuse)
     monkeypatch.setattr(os, "fstat", lambda descriptor: other)  # pyright: ignore[reportUnknownLambdaType] -- of os
     with pytest.raises(KeysFileError, match="run syncbn-keys as its owner"):
-        make_key(file, "read")
+        make_key(file, ROLES["read"])
     monkeypatch.undo()
     assert file.read_bytes() == before
     assert [each.name for each in file.parent.glob(f".{file.name}.*")] == []
@@ -152,7 +158,7 @@ def test_file_whose_owner_cannot_be_kept_stays(file: Path, monkeypatch: pytest.M
 def test_full_file_is_not_written(file: Path) -> None:
     file.write_bytes(b"#" * auth.LIMIT_BYTES)
     with pytest.raises(KeysFileError, match="is full; revoke keys"):
-        make_key(file, "read")
+        make_key(file, ROLES["read"])
     file.write_bytes(b"#" * (auth.LIMIT_BYTES + 1))
     with pytest.raises(KeysFileError, match="is not a regular file of at most 1048576 bytes"):
         read_keys(file)
@@ -170,13 +176,13 @@ def test_what_is_no_file_is_refused_at_once(file: Path, make: Callable[[Path], N
 def test_comments_and_the_files_mode_are_kept(file: Path) -> None:
     file.write_text("# who may ask\n\n")
     file.chmod(0o640)
-    make_key(file, "read")
+    make_key(file, ROLES["read"])
     assert file.read_text().startswith("# who may ask\n\n{")
     assert file.stat().st_mode & 0o777 == 0o640
 
 
 def test_keys_made_at_once_are_all_there(file: Path) -> None:
-    threads = [threading.Thread(target=make_key, args=(file, "read")) for _ in range(8)]
+    threads = [threading.Thread(target=make_key, args=(file, ROLES["read"])) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,10 +196,6 @@ def test_keys_made_at_once_are_all_there(file: Path) -> None:
         ("key", "line 1, is not an API key: JSON is malformed"),
         ("\n{}", "line 2, is not an API key: Object missing required field `sha256`"),
         (
-            json.dumps({"sha256": "0" * 64, "role": "root", "label": "", "created": ""}),
-            "role must be read or admin, not 'root'",
-        ),
-        (
             json.dumps({"sha256": "xyz", "role": "read", "label": "", "created": ""}),
             "sha256 must be 64 hexadecimal digits",
         ),
@@ -204,41 +206,103 @@ def test_broken_file_is_refused_and_not_written(file: Path, content: str, messag
     with pytest.raises(KeysFileError, match=re.escape(message)):
         Keys(file)
     with pytest.raises(KeysFileError):
-        make_key(file, "read")
+        make_key(file, ROLES["read"])
     assert file.read_text() == content
 
 
-def test_role_is_that_of_a_known_key_alone(file: Path) -> None:
-    read, admin = (make_key(file, role).encode() for role in ("read", "admin"))
+def test_identity_is_that_of_a_known_key_alone(file: Path) -> None:
+    anna = make_key(file, ["infer", "jobs:write"], "anna").encode()
+    nobody, other = (make_key(file, ["admin"]).encode() for _ in range(2))
     keys = Keys(file)
-    assert keys.role(b"Bearer " + read, None) is Role.READ
-    assert keys.role(b"bearer " + admin, None) is Role.ADMIN
-    assert keys.role(None, read) is Role.READ
-    for wrong in (b"", b"Bearer", b"Bearer ", b"Basic " + read, read, b"Bearer " + read[:-1]):
-        assert keys.role(wrong, None) is None
-    assert keys.role(None, None) is None
-    assert keys.role(None, b"") is None
-    assert keys.role(b"Bearer wrong", read) is None
+    expected = Identity("anna", frozenset({Scope.INFER, Scope.JOBS_WRITE}))
+    assert keys.identify(b"Bearer " + anna, None) == expected
+    assert keys.identify(b"bearer " + anna, None) == expected
+    assert keys.identify(None, anna) == expected
+    for wrong in (b"", b"Bearer", b"Bearer ", b"Basic " + anna, anna, b"Bearer " + anna[:-1]):
+        assert keys.identify(wrong, None) is None
+    assert keys.identify(None, None) is None
+    assert keys.identify(None, b"") is None
+    assert keys.identify(b"Bearer wrong", anna) is None
+    labels = [found.label for key in (nobody, other) if (found := keys.identify(None, key))]
+    assert len(set(labels)) == 2
+    assert all(re.fullmatch("key-[0-9a-f]{8}", label) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("scopes", "allowed"),
+    [
+        (["infer"], {"infer"}),
+        (["jobs:read"], {"jobs:read"}),
+        (["jobs:write"], {"jobs:read", "jobs:write"}),
+        (["infer", "jobs:read"], {"infer", "jobs:read"}),
+        (["admin"], {"infer", "jobs:read", "jobs:write", "admin"}),
+    ],
+)
+def test_scopes_allow_what_they_say(file: Path, scopes: list[str], allowed: set[str]) -> None:
+    identity = Keys(file_with(file, scopes=scopes)).identify(None, b"k")
+    assert identity is not None
+    assert {scope for scope in Scope if identity.may(scope)} == allowed
+
+
+def file_with(file: Path, **record: Any) -> Path:
+    """Write a file of one key, `k`."""
+    digest = hashlib.sha256(b"k").hexdigest()
+    line = {"sha256": digest, "label": "", "created": "2026-01-01"} | record
+    file.write_text(json.dumps(line) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("role", "allowed"),
+    [("read", {"infer", "jobs:read"}), ("admin", {"infer", "jobs:read", "jobs:write", "admin"})],
+)
+def test_roles_of_earlier_files_count(file: Path, role: str, allowed: set[str]) -> None:
+    identity = Keys(file_with(file, role=role)).identify(None, b"k")
+    assert identity is not None
+    assert {scope for scope in Scope if identity.may(scope)} == allowed
+
+
+@pytest.mark.parametrize(
+    "record", [{"role": "root"}, {"scopes": ["infer", "fly"]}, {"scopes": []}, {}]
+)
+def test_key_that_this_version_does_not_know_is_passed_over_and_logged(
+    file: Path, record: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    file_with(file, **record)
+    good = make_key(file, ["infer"]).encode()
+    keys = Keys(file)
+    assert keys.identify(None, b"k") is None
+    assert keys.identify(None, good) is not None
+    assert "has the unknown scope or role" in caplog.text
+    assert "there are infer, jobs:read, jobs:write, admin" in caplog.text
+    revoke_key(file, hashlib.sha256(b"k").hexdigest()[:8])
+    assert len(read_keys(file)) == 1
+
+
+def test_key_with_an_unknown_scope_is_not_made(file: Path) -> None:
+    with pytest.raises(KeysFileError, match="unknown scope or role 'fly'"):
+        make_key(file, ["infer", "fly"])
+    assert not file.exists()
 
 
 def test_changes_of_the_file_count_at_once_unless_they_break_it(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(auth, "_LOOK_AGAIN_S", -1.0)
-    first = make_key(file, "read", "first").encode()
+    first = make_key(file, ROLES["read"], "first").encode()
     keys = Keys(file)
-    second = make_key(file, "read").encode()
-    assert keys.role(None, second) is Role.READ
+    second = make_key(file, ROLES["read"]).encode()
+    assert keys.identify(None, second) is not None
     revoke_key(file, "first")
-    assert keys.role(None, first) is None
+    assert keys.identify(None, first) is None
     file.write_text("broken")
-    assert keys.role(None, second) is Role.READ
+    assert keys.identify(None, second) is not None
     assert "the API keys stay as they were" in caplog.text
     for _ in range(3):
-        keys.role(None, b"x")
+        keys.identify(None, b"x")
     assert caplog.text.count("the API keys stay as they were") == 1
     file.unlink()
-    assert keys.role(None, second) is Role.READ
+    assert keys.identify(None, second) is not None
     assert second.decode() not in caplog.text
 
 
@@ -246,7 +310,7 @@ def test_file_that_could_not_be_read_for_a_while_is_read_then(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(auth, "_LOOK_AGAIN_S", -1.0)
-    revoked = make_key(file, "read", "revoked").encode()
+    revoked = make_key(file, ROLES["read"], "revoked").encode()
     keys = Keys(file)
 
     def fail(file: Path) -> list[auth.KeyRecord]:
@@ -256,9 +320,9 @@ def test_file_that_could_not_be_read_for_a_while_is_read_then(
         patch.setattr(auth, "read_keys", fail)
         revoke_key(file, "revoked")
         for _ in range(3):
-            assert keys.role(None, revoked) is Role.READ
+            assert keys.identify(None, revoked) is not None
     assert caplog.text.count("too many open files") == 1
-    assert keys.role(None, revoked) is None
+    assert keys.identify(None, revoked) is None
 
 
 # The service
@@ -266,7 +330,7 @@ def test_file_that_could_not_be_read_for_a_while_is_read_then(
 
 @pytest.fixture
 def locked(models: Path, file: Path) -> Generator[tuple[TestClient, str, str]]:
-    read, admin = (make_key(file, role) for role in ("read", "admin"))
+    read, admin = (make_key(file, ROLES[role]) for role in ("read", "admin"))
     with TestClient(create_app(Settings(models=models, api_keys=file))) as client:
         yield client, read, admin
 
@@ -310,6 +374,32 @@ def test_everything_else_needs_a_key(
     assert (wrong.status_code, wrong.json()) == (401, {"error": "this API key is not known"})
     for headers in ({"Authorization": f"Bearer {read}"}, {"X-API-Key": read}):
         assert client.request(method, path, headers=headers).status_code != 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "needed"),
+    [
+        ("GET", "/v2/models", "infer"),
+        ("POST", "/v2/repository/index", "infer"),
+        ("POST", "/predict/shapes", "infer"),
+        ("POST", LOAD, "admin"),
+        ("GET", "/v1/jobs", "jobs:read"),
+        ("GET", "/v1/events", "jobs:read"),
+        ("POST", "/v1/jobs", "jobs:write"),
+        ("POST", "/v1/jobs/x/cancel", "jobs:write"),
+        ("DELETE", "/v1/jobs/x", "jobs:write"),
+    ],
+)
+def test_key_without_the_scope_is_told_which(
+    models: Path, file: Path, method: str, path: str, needed: str
+) -> None:
+    scopes = {"infer": "jobs:read", "admin": "jobs:write", "jobs:read": "infer"}
+    key = make_key(file, [scopes.get(needed, "jobs:read")])
+    with TestClient(create_app(Settings(models=models, api_keys=file))) as client:
+        answer = client.request(method, path, headers={"X-API-Key": key})
+        assert answer.status_code == 403
+        assert f"this needs an API key with the scope {needed}; yours has" in answer.text
+        assert client.get("/metrics", headers={"X-API-Key": key}).status_code == 200
 
 
 def test_loading_needs_an_admin(locked: tuple[TestClient, str, str]) -> None:

@@ -18,14 +18,22 @@ CHECKS = (
 
 
 @pytest.mark.long
-def test_whatever_is_sent_is_answered_as_described(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [False, True])
+def test_whatever_is_sent_is_answered_as_described(tmp_path: Path, jobs: bool) -> None:
     models = tmp_path / "models"
     write_small_bundle(models / "one")
-    with served(models, tmp_path / "log", "--max-body-bytes", "100000") as service:
+    options = ["--max-body-bytes", "100000"]
+    # Streams have no end, and so are not asked for here.
+    which = ["--include-path-regex", "^/v1/", "--exclude-path-regex", "/events$"]
+    if jobs:
+        options += ["--jobs", str(tmp_path / "jobs"), "--no-dispatcher"]
+    with served(models, tmp_path / "log", *options) as service:
+        made = [service.ask("POST", "/v1/jobs", json={"name": f"job-{n}"}) for n in range(3)]
+        assert {answer.status_code for answer in made} == {201 if jobs else 404}
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json"]
         command += ["--checks", ",".join(CHECKS), "--max-examples", "15", "--seed", "1"]
         command += ["--phases", "examples,coverage,fuzzing", "--generation-database", "none"]
-        result = run(command, tmp_path, 300)
+        result = run(command + (which if jobs else []), tmp_path, 300)
         assert result.returncode == 0, result.stdout[-5000:]
         assert service.ask("GET", "/v2/health/live").is_success
     assert '"level":"error"' not in service.log.read_text()

@@ -15,20 +15,25 @@ from playwright.sync_api import Locator, Route, expect
 
 from tests.service.conftest import write_small_bundle
 from tests.support.browser import Chromium, File, Tab, chromium
-from tests.support.processes import run
+from tests.support.processes import REPOSITORY, run
 from tests.support.serving import Service, served
 
-PAGES = ["/", "/docs"]
+PAGES = ["/", "/jobs", "/docs"]
+_TYPES = {
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+_OWN = REPOSITORY / "service" / "static"
 STATIC = {
-    "answers.js": "text/javascript; charset=utf-8",
-    "docs.css": "text/css; charset=utf-8",
-    "docs.js": "text/javascript; charset=utf-8",
-    "elements.js": "text/javascript; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-    "page.css": "text/css; charset=utf-8",
-    "page.js": "text/javascript; charset=utf-8",
-    "swagger-ui-bundle.js": "text/javascript; charset=utf-8",
-    "swagger-ui.css": "text/css; charset=utf-8",
+    name: _TYPES[name.rpartition(".")[2]]
+    for name in (
+        *(file.name for file in _OWN.iterdir() if file.suffix in (".css", ".js", ".svg")),
+        "swagger-ui-bundle.js",
+        "swagger-ui.css",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+    )
 }
 BROKEN = File("broken.png", b"\x89PNG\r\n\x1a\n and no more")
 MARKUP = "<img src=x onerror=document.title='owned'>"
@@ -103,6 +108,9 @@ def test_file_is_sent_again_only_if_it_changed(client: TestClient, path: str) ->
     [
         "unknown.js",
         "page.html",
+        "jobs.html",
+        "LICENSE",
+        "vendor%2fuplot%2fLICENSE",
         "PAGE.JS",
         "page.js/",
         "..%2fapp.py",
@@ -118,6 +126,14 @@ def test_no_other_file_is_to_be_had(client: TestClient, name: str) -> None:
     response = client.get(f"/static/{name}")
     assert response.status_code == 404
     assert list(response.json()) == ["error"]
+
+
+def test_short_address_of_a_job_leads_to_the_page_of_jobs(client: TestClient) -> None:
+    response = client.get("/jobs/k3v9x0q2ma", follow_redirects=False)
+    assert response.status_code == 307
+    assert response.headers["location"] == "../jobs#k3v9x0q2ma"
+    for wrong in ("a%0d%0ab", "..%2fx", "%2f%2fother.example", "a.b", "ä"):
+        assert client.get(f"/jobs/{wrong}", follow_redirects=False).status_code == 404
 
 
 # What a person sees
@@ -230,6 +246,35 @@ def test_chosen_model_is_the_one_asked(tab: Tab) -> None:
     tab.hand_over(_picture(), way="drop")
     _shown(tab, "shape.png")
     assert "twins, version 1" in tab.texts(".result h3")[0]
+
+
+def test_address_chooses_a_model(browser: Chromium, service: Service) -> None:
+    with browser.tab(f"{service.url}/#twins") as tab:
+        expect(tab.page.get_by_role("radio", name="twins")).to_be_checked()
+        tab.page.goto(f"{service.url}/#shapes")
+        expect(tab.page.get_by_role("radio", name="shapes")).to_be_checked()
+        tab.page.goto(f"{service.url}/#%E0%A4%A")
+        expect(tab.page.get_by_role("radio", name="shapes")).to_be_checked()
+        assert tab.complaints == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_every_page_leads_to_the_others(browser: Chromium, service: Service, path: str) -> None:
+    with browser.tab(service.url + path) as tab:
+        links = tab.page.get_by_role("navigation", name="Service").get_by_role("link")
+        addresses = [link.get_attribute("href") for link in links.all()]
+        assert addresses[:3] == ["./", "jobs", "docs"]
+        current = {"/": "Models", "/jobs": "Jobs", "/docs": "API"}[path]
+        expect(links.and_(tab.page.locator("[aria-current=page]"))).to_have_text(current)
+
+
+def test_service_without_jobs_says_so_on_their_page(browser: Chromium, service: Service) -> None:
+    with browser.tab(f"{service.url}/jobs", width=360) as tab:
+        expect(tab.page.get_by_text("This service serves models alone.")).to_be_visible()
+        expect(tab.page.get_by_role("link", name="New job")).to_be_hidden()
+        expect(tab.page.get_by_role("alert")).to_be_hidden()
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert tab.complaints == [_refusal(404, "Not Found")]
 
 
 def test_error_of_one_file_is_shown_as_the_service_says_it_and_harms_no_other(
@@ -377,7 +422,7 @@ def test_names_are_never_taken_for_markup(browser: Chromium, service: Service) -
         assert tab.page.title() == "Models served by syncbn"
 
 
-@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("path", ["/", "/docs"])
 def test_pages_fit_a_phone(browser: Chromium, service: Service, path: str) -> None:
     with browser.tab(service.url + path, width=360) as tab:
         if path == "/":
@@ -431,7 +476,7 @@ def test_api_page_sends_the_key_and_files_that_it_is_given(
         assert tab.strangers == []
 
 
-@pytest.mark.parametrize("path", PAGES)
+@pytest.mark.parametrize("path", ["/", "/docs"])
 def test_policy_of_the_pages_is_enforced(browser: Chromium, service: Service, path: str) -> None:
     with browser.tab(service.url + path) as tab:
         assert tab.complaints == []

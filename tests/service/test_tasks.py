@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from service.app import create_app
-from service.images import read_image
+from service.models.images import read_image
 from service.settings import Settings
 from syncbn.bundle import Bundle, read_bundle
 from tests.support.task_bundles import (

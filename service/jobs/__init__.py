@@ -1,0 +1,1 @@
+"""What the routes ask of `syncbn.jobs`: training jobs, without HTTP."""

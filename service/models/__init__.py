@@ -1,0 +1,1 @@
+"""Serving models, without HTTP: from the models directory to an answer."""
