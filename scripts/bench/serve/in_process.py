@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scripts.bench.serve.workloads import TOLERANCE
-from service.model import Compute, Predictor
+from service.models.model import Compute, Predictor
 from syncbn.bundle import read_bundle
 from syncbn.transforms.fold import fold
 
