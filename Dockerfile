@@ -51,15 +51,15 @@ RUN CXX=g++ pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
 
 FROM base
 # A fixed number, so that volumes fit and Kubernetes can see that it is not root. Volumes that are
-# mounted on these three directories for the first time take over their owner.
+# mounted on these directories for the first time take over their owner.
 RUN groupadd --gid 10001 syncbn \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /tmp syncbn \
-    && install --directory --owner syncbn --group syncbn /models /runs /keys
+    && install --directory --owner syncbn --group syncbn /models /jobs /runs /keys
 COPY --from=dependencies /opt/syncbn /opt/syncbn
 RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip --disable-pip-version-check --python /opt/syncbn/bin/python install --no-cache-dir --no-deps /dist/*.whl
 
-# Everything that is written goes to the three directories and to /tmp; the rest may be read-only.
+# Everything that is written goes to these directories and to /tmp; the rest may be read-only.
 ENV PATH=/opt/syncbn/bin:$PATH \
     HOME=/tmp \
     MPLCONFIGDIR=/tmp/matplotlib \

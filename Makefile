@@ -44,9 +44,9 @@ test-train: install  ## the tests of training alone
 test-service: install  ## the tests of the service alone
 	$(PYTEST) $(PARALLEL) tests/service
 
-# One after the other, because a soak and the endings of jobs are measured by the clock.
+# A file at a time in each worker, as tests of one share a cluster, a server or a trained model.
 test-long: install  ## the tests that take long: variants, compiled models, a soak, kills
-	$(PYTEST) -m long
+	$(PYTEST) --numprocesses 2 --dist loadfile -m long
 
 # One after the other, because they share a GPU.
 test-gpu: install  ## the tests that need a GPU; each skips without one

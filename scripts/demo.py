@@ -1,4 +1,4 @@
-"""The whole product in one go: train on two processes, serve the bundle, query it over HTTP.
+"""The whole product in one go: train on two processes, serve the model, query it over HTTP.
 
 Exits with 0 only if every step worked and the served accuracy on the test images, which training
 looks at once, at its end, is what training measured, and at least 96 %.
@@ -29,15 +29,16 @@ REQUEST_TIMEOUT_S = 30
 
 def main() -> None:
     """Run the demo in a new directory below runs/."""
-    run_dir = Path("runs") / f"demo-{secrets.token_hex(4)}"
-    print(f"1/3 Training on 2 processes, in {run_dir}", flush=True)
-    train(run_dir)
+    directory = Path("runs") / f"demo-{secrets.token_hex(4)}"
+    print(f"1/3 Training on 2 processes, in {directory}", flush=True)
+    train(directory)
     print("\n2/3 Starting the service", flush=True)
-    with serve(run_dir / "bundle", run_dir / "service.log") as url:
-        print(f"    it listens at {url}")
+    with serve(directory) as url:
+        print(f"    it listens at {url}: {url}/ predicts images, and {url}/jobs trains models")
         print("\n3/3 Sending the test images, one at a time\n", flush=True)
         served, trained = query(url)
-    print("    service stopped")
+    print("    service stopped; to have it, and both pages, for longer:")
+    print(f"    syncbn-serve --models {directory}/models --jobs {directory}/jobs")
     if served != trained or served < REQUIRED_ACCURACY:
         sys.exit(
             f"demo failed: served accuracy on the test images {served:.2%}; training measured "
@@ -45,17 +46,20 @@ def main() -> None:
         )
 
 
-def train(run_dir: Path) -> None:
-    """Train with the default configuration through torchrun, and leave a bundle in run_dir."""
+def train(directory: Path) -> None:
+    """Train with the default configuration through torchrun, and publish the model."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(REPOSITORY / "scripts" / "train.py")
-    subprocess.run([*torchrun, script, f"run_dir={run_dir}"], check=True, timeout=TRAIN_TIMEOUT_S)
+    typed = [f"run_dir={directory}/run", f"publish={directory}/models"]
+    subprocess.run([*torchrun, script, *typed], check=True, timeout=TRAIN_TIMEOUT_S)
 
 
 @contextmanager
-def serve(bundle: Path, log: Path) -> Generator[str]:
-    """Serve a bundle on a free port of this machine; yield its URL, and stop it in the end."""
-    command = [sys.executable, "-m", "service", "--models", str(bundle), "--port", "0"]
+def serve(directory: Path) -> Generator[str]:
+    """Serve the model, and training jobs beside it; yield the URL, and stop in the end."""
+    command = [sys.executable, "-m", "service", "--port", "0"]
+    command += ["--models", str(directory / "models"), "--jobs", str(directory / "jobs")]
+    log = directory / "service.log"
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:

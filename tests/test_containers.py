@@ -53,7 +53,7 @@ def test_compose_file_follows_the_compose_specification() -> None:
 def test_every_program_and_variable_of_ours_exists() -> None:
     text = "\n".join((*_strings(COMPOSE["services"]), DOCKERFILE))
     programs = set(re.findall(r"\bsyncbn-[a-z]+\b", text))
-    assert programs >= {"syncbn-serve", "syncbn-train", "syncbn-keys"}
+    assert programs >= {"syncbn-serve", "syncbn-dispatch", "syncbn-train", "syncbn-keys"}
     assert programs <= set(SCRIPTS)
     variables = {
         name
@@ -74,6 +74,19 @@ def test_service_of_the_compose_file_has_settings_that_are_valid(
     settings = Settings()  # pyright: ignore[reportCallIssue] -- the environment has the rest
     assert settings.no_auth
     assert str(settings.api_keys) == "/keys/api-keys"
+    assert settings.allowed_hosts == ["127.0.0.1", "localhost"]
+
+
+def test_dispatcher_of_the_compose_file_has_the_directories_of_the_service() -> None:
+    service, dispatch = (COMPOSE["services"][name] for name in ("service", "dispatch"))
+    program, *arguments = dispatch["command"]
+    assert program in SCRIPTS
+    environment = service["environment"]
+    assert arguments == [environment["SYNCBN_JOBS"], "--models", environment["SYNCBN_MODELS"]]
+    assert environment["SYNCBN_DISPATCHER"] == "false"  # as there is one for all
+    assert {"models:/models", "jobs:/jobs"} <= set(dispatch["volumes"])
+    assert "jobs:/jobs" in service["volumes"]
+    assert " /jobs " in next(line for line in _instructions("RUN") if "--owner syncbn" in line)
 
 
 def test_every_training_command_is_a_configuration_that_there_is() -> None:
@@ -109,7 +122,7 @@ def test_key_of_prometheus_is_made_once_and_is_one_of_the_services_keys(tmp_path
     (key,) = made
     assert key.startswith("syncbn_")
     (record,) = read_keys(tmp_path / "api-keys")
-    assert (record.role, record.label) == ("read", "prometheus")
+    assert (record.scopes, record.label) == (("infer", "jobs:read"), "prometheus")
 
 
 def test_what_is_named_inside_a_container_is_mounted_there() -> None:

@@ -78,3 +78,16 @@ def test_claims_cannot_be_drawn_where_nothing_can_be_written(tmp_path: Path) -> 
         assert result.returncode == 1
         assert result.stdout.startswith(f"scripts.chapter: cannot write to {place}: ")
         assert "name another directory" in result.stdout
+
+
+@pytest.mark.long
+def test_jobs_under_kills_all_finish_once_and_are_measured(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "scripts.bench.jobs", "--jobs", "20", "--starts", "1"]
+    result = run([*command, "--kill-every", "8", "--json", str(file)], REPOSITORY, timeout_s=1800)
+    assert result.returncode == 0, result.stdout
+    figures = json.loads(file.read_text())
+    assert figures["states"] == {"finished": 22}  # one before is not timed
+    assert figures["finished once"] == 22
+    assert figures["wrong"] == []
+    assert "| jobs that finished exactly once | 22 | all 22 |" in result.stdout

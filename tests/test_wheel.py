@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.processes import REPOSITORY, run
 
+_UPLOT = "service/static/vendor/uplot"  # of others, under a license of its own
+
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,6 +55,13 @@ def test_wheel_holds_the_packages_configs_types_and_licence(installed: Path) -> 
     } <= names
     (metadata,) = installed.glob("*.dist-info")
     assert (metadata / "licenses" / "docs" / "LICENSE").exists()
+    assert "MIT License" in (metadata / "licenses" / _UPLOT / "LICENSE").read_text()
+    assert {f"{_UPLOT}/{file}" for file in ("uPlot.iife.min.js", "uPlot.min.css")} <= names
+    assert {
+        str(file.relative_to(REPOSITORY))
+        for file in (REPOSITORY / "service" / "static").iterdir()
+        if file.is_file()
+    } <= names
     assert {name.split("/")[0] for name in names} == {"syncbn", "service", metadata.name}
     scripts = (metadata / "entry_points.txt").read_text()
     assert "syncbn-train = syncbn.train.launch.command:main" in scripts

@@ -27,6 +27,7 @@ from syncbn.train.config import compose_config
 from syncbn.train.launch.sweep import job_name
 from syncbn.train.loop import train
 from syncbn.train.run.directory import Result, open_run_directory
+from syncbn.train.run.reasons import reason_of
 from syncbn.train.schema import TrainConfig
 
 Data = dict[str, Any]
@@ -76,7 +77,7 @@ def _be_rank(rank: int, world_size: int, directory: str, configs: list[TrainConf
         try:
             result = train(config, run, torch.device("cpu"), watch)
         except TrainingError as error:  # on every rank: the loss is not finite any more
-            result = Result("failed", str(error), {}, 0.0, 1)
+            result = Result("failed", str(error), {}, 0.0, 1, reason=reason_of(error))
         if run is not None:
             run.write_result(result)
             print(".", end="", flush=True)
