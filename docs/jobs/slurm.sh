@@ -26,13 +26,14 @@ ranks=1
 PATH="$SLURM_SUBMIT_DIR/.venv/bin:$PATH"
 run_dir="$SLURM_SUBMIT_DIR/runs/slurm-$SLURM_JOB_ID"
 
-interrupted() {
-    grep -qs '"status": "interrupted"' "$run_dir/result.json"
+# What the attempt before left is not to be taken for this one's, which keeps it with the others.
+result() {
+    cat "$run_dir/result.json" 2> /dev/null || true
 }
-# What the attempt before left, so that it is not taken for this one's.
-if interrupted; then
-    rm "$run_dir/result.json"
-fi
+before=$(result)
+interrupted() {
+    [[ $(result) != "$before" ]] && grep -qs '"status": "interrupted"' "$run_dir/result.json"
+}
 
 # Without torchrun's c10d rendezvous: nothing is elastic here, and where the network fails, its
 # torchruns hang until Slurm kills them.
