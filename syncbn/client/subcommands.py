@@ -17,6 +17,7 @@ from syncbn.client.typed_job import typed_submission, typed_values
 from syncbn.client.watching import Bars, Lines, watch_jobs
 from syncbn.client.words import (
     comparison_lines,
+    inert,
     job_line,
     job_lines,
     list_columns,
@@ -47,6 +48,8 @@ def submit(client: JobsClient, arguments: Namespace) -> int:
 def list_(client: JobsClient, arguments: Namespace) -> int:
     """Print a table of jobs."""
     limit: int = arguments.limit
+    if limit < 0:
+        raise SubmissionError(f"--limit {limit}: must be 0 or more jobs, of which 0 lists all")
     found = client.list(
         states=arguments.state,
         name=arguments.name,
@@ -95,7 +98,7 @@ def watch(client: JobsClient, arguments: Namespace) -> int:
 
 
 def log(client: JobsClient, arguments: Namespace) -> int:
-    """Print a job's log."""
+    """Print a job's log; to a terminal without what would do something to it."""
     if arguments.tail is not None and arguments.tail < 0:
         raise SubmissionError(f"--tail {arguments.tail}: must be 0 or more lines")
     offset = 0 if arguments.tail is None else -_TAIL_BYTES
@@ -109,7 +112,8 @@ def log(client: JobsClient, arguments: Namespace) -> int:
         if arguments.json:
             _print_json([{"text": part}])
         else:
-            print(part, end="", flush=arguments.follow)
+            text = inert(part) if sys.stdout.isatty() else part
+            print(text, end="", flush=arguments.follow)
     return 0
 
 

@@ -20,6 +20,16 @@ def plain(text: object) -> str:
     return " ".join("".join(letters).split())
 
 
+def inert(text: str) -> str:
+    """Return a text of several lines with what does something to a terminal written out."""
+    return "".join(
+        letter
+        if letter.isprintable() or letter in "\n\t"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def shown(value: Value) -> str:
     """Return a value as it is typed."""
     if isinstance(value, list):

@@ -222,6 +222,9 @@ def test_list_says_when_there_is_more(jobs: Any, fake: FakeJobs) -> None:
     assert len(out.splitlines()) == 3
     assert err == "there are more than 3; --limit 0 lists all\n"
     assert len(jobs("list", "--limit", "0", "--json")[1].splitlines()) == 5
+    code, out, err = jobs("list", "--limit", "-5")
+    assert (code, out) == (2, "")
+    assert err == "syncbn-jobs: --limit -5: must be 0 or more jobs, of which 0 lists all\n"
 
 
 def test_json_is_a_document_a_line(jobs: Any, fake: FakeJobs) -> None:
@@ -311,6 +314,15 @@ def test_log_is_printed_as_it_is(jobs: Any, fake: FakeJobs) -> None:
     assert jobs("log", "job1", "--tail", "0")[1] == ""
     assert jobs("log", "job1", "--tail", "9", "--attempt", "1")[1] == "one\nμ\nthree"
     assert jobs("log", "job1", "--tail", "-1")[0] == 2
+
+
+def test_log_does_nothing_to_a_terminal_but_appear(jobs: Any, fake: FakeJobs, url: str) -> None:
+    fake.add(**ended("finished"))
+    fake.logs["job1"] = "one\ttwo μ\n\x1b[2J\x1b]0;owned\x07 \u202ekcab\n".encode()
+    code, said = on_terminal(url, "log", "job1")
+    assert code == 0
+    assert said == "one\ttwo μ\r\n\\x1b[2J\\x1b]0;owned\\x07 \\u202ekcab\r\n"
+    assert "\x1b[2J" in jobs("log", "job1")[1]  # a file gets what is there
 
 
 def test_comparison_tells_means_over_seeds(jobs: Any, fake: FakeJobs) -> None:
