@@ -76,6 +76,24 @@ class Job:
         return {**self.spec.values, **self.arguments}
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What decides how long the files of a job stay; small, as there may be many.
+
+    Attributes:
+        id, number, state, archived: as of `Job`.
+        ended: when it did, in Unix seconds; None if it has not, or never said so.
+        is_published: whether its model is served.
+    """
+
+    id: str
+    number: int
+    state: State
+    archived: bool
+    ended: float | None
+    is_published: bool
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened to a job; events are added and never changed.

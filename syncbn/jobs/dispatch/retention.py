@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from syncbn.jobs.job import Job
+from syncbn.jobs.job import Footprint
 from syncbn.jobs.offer.settings import Retention
-from syncbn.jobs.states import ENDED, State
+from syncbn.jobs.states import ENDED
 from syncbn.jobs.store.ledger import Ledger
 from syncbn.jobs.workspace import ARRAYS, Workspace
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def expired(
-    ended: Sequence[Job], sizes_bytes: Sequence[int], keep: Retention, now: float
-) -> list[Job]:
+    ended: Sequence[Footprint], sizes_bytes: Sequence[int], keep: Retention, now: float
+) -> list[Footprint]:
     """Return the jobs of which the files are to be removed.
 
     Args:
@@ -27,7 +27,7 @@ def expired(
         keep: what is kept.
         now: in Unix seconds.
     """
-    removed: list[Job] = []
+    removed: list[Footprint] = []
     total_bytes = kept = 0
     newest = sorted(
         zip(ended, sizes_bytes, strict=True),
@@ -35,7 +35,7 @@ def expired(
         reverse=True,
     )
     for job, size_bytes in newest:
-        if job.published:
+        if job.is_published:
             continue
         age_s = now - (job.ended or now)
         too_old = keep.days is not None and age_s > keep.days * 86_400
@@ -59,7 +59,7 @@ def tidy(ledger: Ledger, root: Path, keep: Retention, now: float) -> None:
         keep: what is kept.
         now: in Unix seconds.
     """
-    jobs = [job for job in ledger.jobs(list(State)) if (root / "work" / job.id).is_dir()]
+    jobs = [job for job in ledger.footprints() if (root / "work" / job.id).is_dir()]
     sizes = {job.id: size_of(root / "work" / job.id) for job in jobs}
     ended = [job for job in jobs if job.state in ENDED]
     for job in expired(ended, [sizes[job.id] for job in ended], keep, now):
@@ -68,7 +68,7 @@ def tidy(ledger: Ledger, root: Path, keep: Retention, now: float) -> None:
             continue
         # First what is written, so that nobody looks for files that are being removed.
         if not job.archived:
-            ledger.archive(job, "its files were removed, as the rules for ended jobs say")
+            ledger.archive(job.id, "its files were removed, as the rules for ended jobs say")
         shutil.rmtree(workspace.directory, ignore_errors=True)
         sizes[job.id] = 0
         log.info("job %s: files removed", job.id)

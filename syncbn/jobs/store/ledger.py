@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from syncbn.jobs.job import DispatcherInfo, Job, Request
+from syncbn.jobs.job import DispatcherInfo, Footprint, Job, Request
 from syncbn.jobs.states import ACTIVE, ARROWS, State
 from syncbn.jobs.store.rows import job_of
 from syncbn.jobs.store.store import Store, add_event
@@ -59,6 +59,17 @@ class Ledger:
                 [*map(str, states), limit],
             )
             return [job_of(row) for row in rows]
+
+    def footprints(self) -> list[Footprint]:
+        """Return of all jobs what decides how long their files stay."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT id, number, state, archived, ended, published != '[]' FROM jobs"
+            )
+            return [
+                Footprint(id_, number, State(state), bool(archived), ended, bool(published))
+                for id_, number, state, archived, ended, published in rows
+            ]
 
     def queue(
         self,
@@ -219,12 +230,12 @@ class Ledger:
         with self._database.writing() as connection:
             add_event(connection, job.id, now, "note", {"text": text, "by": "dispatcher"})
 
-    def archive(self, job: Job, reason: str) -> None:
+    def archive(self, job: str, reason: str) -> None:
         """Put a job away."""
         now = self._clock()
         with self._database.writing() as connection:
-            connection.execute("UPDATE jobs SET archived = 1 WHERE id = ?", (job.id,))
-            add_event(connection, job.id, now, "note", {"text": reason, "by": "dispatcher"})
+            connection.execute("UPDATE jobs SET archived = 1 WHERE id = ?", (job,))
+            add_event(connection, job, now, "note", {"text": reason, "by": "dispatcher"})
 
     def active_count(self) -> int:
         """Return how many jobs have cores."""

@@ -1,6 +1,6 @@
 """Files of ended jobs go by age, number and size, and never those of published models."""
 
-import dataclasses
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from syncbn.jobs.dispatch.retention import expired, size_of, tidy
-from syncbn.jobs.job import Job
+from syncbn.jobs.job import Footprint, Job
 from syncbn.jobs.offer.settings import Retention
 from syncbn.jobs.spec import JobSpec
 from syncbn.jobs.states import State
@@ -47,6 +47,10 @@ class Kept:
         (workspace.run.bundle_dir / "weights").write_bytes(b"x" * size_bytes)
         return job
 
+    def footprints(self, *jobs: Job) -> list[Footprint]:
+        found = {each.id: each for each in self.ledger.footprints()}
+        return [found[job.id] for job in jobs]
+
     def tidy(self, keep: Retention) -> None:
         tidy(self.ledger, self.root, keep, _NOW)
 
@@ -80,12 +84,13 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
 )
 def test_the_newest_are_kept(kept: Kept, keep: Retention, removed: list[int]) -> None:
     jobs = [kept.add(ended=_NOW - days * _DAY_S) for days in range(5)]
-    gone = expired(jobs[::-1], [10] * 5, keep, _NOW)
-    assert sorted(jobs.index(job) for job in gone) == removed
+    footprints = kept.footprints(*jobs)
+    gone = expired(footprints[::-1], [10] * 5, keep, _NOW)
+    assert sorted(footprints.index(job) for job in gone) == removed
 
 
 def test_small_older_job_is_kept_where_a_large_one_is_not(kept: Kept) -> None:
-    large, small = kept.add(ended=_NOW), kept.add(ended=_NOW - 1)
+    large, small = kept.footprints(kept.add(ended=_NOW), kept.add(ended=_NOW - 1))
     assert expired([large, small], [100, 10], Retention(disk_bytes=50), _NOW) == [large]
 
 
@@ -164,6 +169,17 @@ def test_size_is_that_of_files_and_not_of_what_links_point_at(tmp_path: Path) ->
     assert size_of(tmp_path / "nowhere") == 0
 
 
-def test_job_that_never_said_when_it_ended_is_not_old(kept: Kept) -> None:
-    job = dataclasses.replace(kept.add(), ended=None)
+def test_job_that_never_said_when_it_ended_is_not_old() -> None:
+    job = Footprint("a", 1, State.finished, archived=False, ended=None, is_published=False)
     assert expired([job], [1], Retention(days=1), _NOW) == []
+
+
+def test_many_jobs_need_little_memory_at_a_time(kept: Kept) -> None:
+    kept.store.submit([JobSpec(name="job", values={"optim.lr": 0.1})] * 2000, owner="anna")
+    tracemalloc.start()
+    try:
+        kept.tidy(Retention())
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes / 2000 < 500
