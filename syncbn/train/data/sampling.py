@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ Batch = tuple[Tensor, Tensor]
 
 # For a batch that another process prepares; one that died is an error then, and no hang.
 _WORKER_TIMEOUT_S = 120
+# The kernel tells of a process's end some milliseconds after its sockets are closed.
+_NOTICE_S = 1.0
 
 
 class Samples(Protocol):
@@ -274,7 +277,9 @@ class Loader:
         except (ConnectionError, EOFError) as error:
             if self._loader.num_workers == 0:
                 raise
-            # Where this process notices that a worker is gone before torch does.
+            # This process noticed before torch did, whose handler of a worker's end raises wherever
+            # Python is by then: better here than in what cleans up.
+            time.sleep(_NOTICE_S)
             raise RuntimeError(
                 f"a DataLoader worker does not answer: {type(error).__name__}: {error}; most "
                 "likely it was killed, as for using too much memory: try fewer data.workers"

@@ -1,7 +1,7 @@
 import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from pathlib import Path
@@ -170,6 +170,30 @@ def test_dead_worker_is_an_error_and_no_hang() -> None:
     ):
         list(loader)
     assert time.monotonic() - began < 30
+
+
+class Cut:
+    """A loader whose worker is gone, of which the kernel tells a little later than its socket."""
+
+    num_workers = 2
+
+    def __iter__(self) -> Iterator[Any]:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise ConnectionResetError
+
+
+def test_worker_that_is_gone_is_one_error_and_no_second_one_later() -> None:
+    def handle(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with pytest.raises(RuntimeError, match=r"pid 1\) is killed"):
+            list(Loader(Cut()))  # pyright: ignore[reportArgumentType] -- as far as is needed
+        time.sleep(0.2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Raising(Numbered):
