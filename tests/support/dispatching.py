@@ -100,9 +100,19 @@ class Place:
         file = self.workspace(job).run.steps_file
         until(lambda: file.exists() and file.read_bytes().count(b"\n") >= steps, self._describe)
 
+    def processes(self, workspace: Workspace) -> list[int]:
+        """Return the processes of a job, without the dispatcher.
+
+        That opens the lock of a run to see whether it is held, and has it while it prepares the
+        run.
+        """
+        dispatcher = self._dispatcher
+        own = None if dispatcher is None else dispatcher.pid
+        return [process for process in workspace.holders() if process != own]
+
     def supervisor(self, job: str) -> int:
         """Return the process that holds the others of a job."""
-        holders = self.workspace(job).holders()
+        holders = self.processes(self.workspace(job))
         (found,) = {os.getsid(process) for process in holders}
         assert found in holders
         return found
@@ -110,7 +120,7 @@ class Place:
     def ranks(self, job: str) -> list[int]:
         """Return the other processes of a job."""
         supervisor = self.supervisor(job)
-        return [process for process in self.workspace(job).holders() if process != supervisor]
+        return [process for process in self.processes(self.workspace(job)) if process != supervisor]
 
     def attempts(self, job: str) -> int:
         """Return how many attempts have begun to print."""
@@ -123,7 +133,7 @@ class Place:
     def kill_jobs(self) -> None:
         """Kill the processes of all jobs, at once."""
         for directory in (self.jobs / "work").glob("*"):
-            for process in Workspace(directory).holders():
+            for process in self.processes(Workspace(directory)):
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
 
@@ -150,7 +160,7 @@ def never_twice(place: Place, jobs: Iterable[str]) -> Generator[None]:
         while not ended.wait(0.02):
             for workspace in watched:
                 sessions: set[int] = set()
-                for process in workspace.holders():
+                for process in place.processes(workspace):
                     with suppress(ProcessLookupError):
                         sessions.add(os.getsid(process))
                 # One that waits for the lock in vain has not got it; so look for those who print.
