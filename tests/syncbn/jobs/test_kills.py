@@ -128,7 +128,8 @@ def test_job_whose_end_nobody_saw_is_finished_and_not_run_again(place: Place) ->
 def test_request_that_the_dispatcher_did_not_live_to_carry_out_is_carried_out(
     place: Place,
 ) -> None:
-    job = place.submit(DIGITS)
+    # Longer than a dispatcher takes to start on a machine with much else to do.
+    job = place.submit({**DIGITS, "values": {**DIGITS["values"], "epochs": 40}})
     place.dispatch()
     place.wait_for_steps(job, 5)
     place.kill_dispatcher()
