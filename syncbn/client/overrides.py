@@ -72,7 +72,7 @@ def _read(word: str) -> Override:
             f"{word!r}: must be KEY=VALUE, such as optim.lr=0.05, or GROUP=CHOICE, such as "
             "norm=local"
         )
-    key, text = match[1], match[2].strip()
+    key, text = match[1], _trimmed(match[2])
     call = _CALL.fullmatch(text)
     if call is None:
         texts = _split(word, text)
@@ -161,11 +161,17 @@ def _split(word: str, text: str) -> list[str]:
             if not closing or closing.pop() != letter:
                 raise SubmissionError(f"{word}: the bracket {letter} closes nothing")
         elif letter == "," and not closing:
-            parts.append(text[start:position].strip())
+            parts.append(_trimmed(text[start:position]))
             start = position + 1
-    parts.append(text[start:].strip())
+    parts.append(_trimmed(text[start:]))
     if quote or closing:
         raise SubmissionError(f"{word}: {quote or closing[-1]} is missing at the end")
     if len(parts) > 1 and "" in parts:
         raise SubmissionError(f"{word}: between two commas, there is no value")
     return parts
+
+
+def _trimmed(text: str) -> str:
+    """Return a text without the spaces around it, but with those behind a colon, as Hydra."""
+    trimmed = text.strip()
+    return text.lstrip() if trimmed.endswith(":") else trimmed

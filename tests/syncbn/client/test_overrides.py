@@ -89,6 +89,8 @@ def typed(value: Any) -> Any:
         "range(10, 0, -5)",
         "50%",
         "backbone.*",
+        "a: ",
+        " : ,[b: , c :]",
     ],
 )
 def test_values_are_those_of_hydra(text: str) -> None:
