@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -27,14 +28,20 @@ from syncbn.errors import JobActionError, ServerError, SubmissionError
 
 _JOB_OPTIONS = ("name", "publish", "priority", "retries", "cores", "device", "idempotency_key")
 _TAIL_BYTES = 1 << 17  # of a log, in which the last lines are looked for
+# A dispatcher imports for some seconds before it is heard of.
+_START_S = 5.0
+_LOOK_S = 0.2
 
 
 def submit(client: JobsClient, arguments: Namespace) -> int:
     """Submit a job or a sweep; print its identifier alone if nobody looks."""
     options = client.options()
     submission = typed_submission(arguments.words, options, is_sweep=arguments.sweep)
+    if not _has_dispatcher(options) and sys.stderr.isatty():
+        options = _wait_for_dispatcher(client)
     submitted = client.submit(**_with_options(submission, arguments))
-    _warn_without_dispatcher(options)
+    if not _has_dispatcher(options):
+        _warn_without_dispatcher()
     if arguments.json:
         _print_json([submitted])
     elif sys.stdout.isatty():
@@ -203,14 +210,28 @@ def _submitted_lines(submitted: Job | Sweep, is_watched: bool) -> Iterator[str]:
         yield f"syncbn-jobs watch {submitted.id} shows how far it is"
 
 
-def _warn_without_dispatcher(options: Options) -> None:
+def _has_dispatcher(options: Options) -> bool:
     about = options.dispatcher
-    if about is None or about.get("alive") is False:
-        print(
-            "syncbn-jobs: warning: nobody starts jobs now; it waits until syncbn-dispatch runs, "
-            "or syncbn-serve without --no-dispatcher",
-            file=sys.stderr,
-        )
+    return about is not None and about.get("alive") is not False
+
+
+def _wait_for_dispatcher(client: JobsClient) -> Options:
+    """Return the options once somebody starts jobs, or as they are after a few seconds.
+
+    Whoever has just started a service on a terminal need not hear that its dispatcher is late.
+    """
+    deadline = time.monotonic() + _START_S
+    while not _has_dispatcher(options := client.options()) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    return options
+
+
+def _warn_without_dispatcher() -> None:
+    print(
+        "syncbn-jobs: warning: nobody starts jobs now; it waits until syncbn-dispatch runs, "
+        "or syncbn-serve without --no-dispatcher",
+        file=sys.stderr,
+    )
 
 
 def _watch(client: JobsClient, watched: Job | Sweep, arguments: Namespace) -> int:

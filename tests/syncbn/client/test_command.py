@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from syncbn.client.command import main
+from tests.support import fake_jobs
 from tests.support.fake_jobs import BREAK, FakeJobs, Fault, ended, running
 from tests.support.processes import REPOSITORY, run
 
@@ -169,8 +171,6 @@ def test_same_idempotency_key_submits_once(jobs: Any, fake: FakeJobs) -> None:
 def test_submission_that_nobody_starts_is_warned_of(
     jobs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.support import fake_jobs
-
     monkeypatch.setitem(fake_jobs.OPTIONS, "dispatcher", {"engine": "local", "alive": False})
     code, out, err = jobs("submit")
     assert (code, out) == (0, "job1\n")
@@ -536,6 +536,24 @@ def test_terminal_is_told_what_was_submitted(url: str) -> None:
         "job1  digits-cnn  queued: waits for 2 cores, 1 free; third in line",
         "syncbn-jobs watch job1 shows how far it is",
     ]
+
+
+def test_dispatcher_that_is_being_started_is_waited_for_on_a_terminal(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fake_jobs.OPTIONS, "dispatcher", None)
+    started = threading.Timer(
+        2, fake_jobs.OPTIONS.__setitem__, ("dispatcher", {"engine": "local", "alive": True})
+    )
+    started.start()
+    code, said = on_terminal(url, "submit", "norm=sync")
+    started.join()
+    assert code == 0
+    assert len(said.splitlines()) == 2  # and no warning
+    monkeypatch.setitem(fake_jobs.OPTIONS, "dispatcher", None)
+    code, said = on_terminal(url, "submit", "norm=sync")
+    assert code == 0
+    assert "warning: nobody starts jobs now" in said
 
 
 def test_watch_draws_a_bar_on_a_terminal(url: str, fake: FakeJobs) -> None:
